@@ -1,0 +1,42 @@
+"""Everything runs offline and seeded; shapes and types are checked at run time."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from jaxtyping import install_import_hook
+
+import tl_modules._kernels  # noqa: F401 - compiled code keeps its own cache and is not to be wrapped
+
+install_import_hook("tl_modules", "beartype.beartype")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    import torch
+
+    np.random.seed(0)  # noqa: NPY002 - guards code that might draw from the global generator
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def demo_bridge():
+    """SmolLM2 as a TransformerBridge, loaded once; leave it as it is."""
+    from tl_modules.demo import load_demo_model
+
+    return load_demo_model("bridge", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def demo_hooked():
+    """SmolLM2 as a HookedTransformer (transformer-lens 3 only), loaded once; leave it as it is."""
+    from tl_modules.demo import load_demo_model
+
+    return load_demo_model("hooked", device="cpu")

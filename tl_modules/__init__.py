@@ -1,0 +1,74 @@
+"""Functional modules of a language model, and the circuits they form.
+
+Names are loaded on first touch: `import tl_modules` imports neither torch nor TransformerLens.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tl_modules._version import __version__
+
+if TYPE_CHECKING:
+    from tl_modules._checks import TLModulesError
+    from tl_modules.activations import UnitActivations
+    from tl_modules.baselines import BASELINES
+    from tl_modules.bases import Basis, NeuronBasis
+    from tl_modules.collect import collect
+    from tl_modules.demo import load_demo_model, load_demo_prompts
+    from tl_modules.evaluate import compare_methods, predict_categories, stability
+    from tl_modules.iterd import IterD
+    from tl_modules.modules import Module, Modules, find_modules
+    from tl_modules.viz.report import write_report
+
+_ROOM_OF = {
+    "BASELINES": "baselines",
+    "Basis": "bases",
+    "IterD": "iterd",
+    "Module": "modules",
+    "Modules": "modules",
+    "NeuronBasis": "bases",
+    "TLModulesError": "_checks",
+    "UnitActivations": "activations",
+    "collect": "collect",
+    "compare_methods": "evaluate",
+    "find_modules": "modules",
+    "load_demo_model": "demo",
+    "load_demo_prompts": "demo",
+    "predict_categories": "evaluate",
+    "stability": "evaluate",
+    "write_report": "viz.report",
+}
+
+__all__ = [
+    "BASELINES",
+    "Basis",
+    "IterD",
+    "Module",
+    "Modules",
+    "NeuronBasis",
+    "TLModulesError",
+    "UnitActivations",
+    "__version__",
+    "collect",
+    "compare_methods",
+    "find_modules",
+    "load_demo_model",
+    "load_demo_prompts",
+    "predict_categories",
+    "stability",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

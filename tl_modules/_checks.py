@@ -1,0 +1,102 @@
+"""Refusals: the package's errors, and one small function for each kind of bad input."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any, NoReturn
+
+import numpy as np
+
+
+class TLModulesError(Exception):
+    """Any error that tl-modules raises on purpose; its message is meant to be read by the user."""
+
+
+class InputError(TLModulesError, ValueError):
+    """An argument that cannot be used. Names the argument, what was given, what is wanted and the cure."""
+
+
+class HookNameError(InputError):
+    """A hook name that the model does not have."""
+
+
+class HookError(TLModulesError, RuntimeError):
+    """A hook that did not fire as often as it must."""
+
+
+class UnsupportedModelError(TLModulesError, NotImplementedError):
+    """A model whose architecture a method cannot serve."""
+
+
+class FileFormatError(TLModulesError, ValueError):
+    """A file or folder that is corrupted, truncated, foreign or of an unknown version."""
+
+
+class MissingExtraError(TLModulesError, ImportError):
+    """A library that only an extra installs. Says what to install."""
+
+
+def refuse(argument: str, *, got: object, want: str, cure: str = "") -> NoReturn:
+    """Raise `InputError` in the one form that the whole package uses.
+
+    Args:
+        argument: name of the argument as the caller wrote it.
+        got: the value, or a short description of it.
+        want: what would have been right.
+        cure: what to do about it, a sentence.
+
+    Raises:
+        InputError: always.
+
+    Example:
+        >>> refuse("n_modules", got=0, want="an integer of at least 2")
+        Traceback (most recent call last):
+        ...
+        tl_modules._checks.InputError: n_modules: got 0, expected an integer of at least 2.
+    """
+    raise InputError(" ".join(filter(None, [f"{argument}: got {got}, expected {want}.", cure])))
+
+
+def check_integer(argument: str, value: Any, *, least: int, most: int | None = None, cure: str = "") -> int:
+    """Return `value` as an int in [least, most], or refuse it."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        limit = f"at least {least}" if most is None else f"from {least} to {most}"
+        refuse(argument, got=repr(value), want=f"an integer {limit}", cure=cure)
+    return int(value)
+
+
+def check_choice(argument: str, value: Any, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of `choices`, or refuse it and offer the nearest."""
+    choices = list(choices)
+    if value not in choices:
+        near = nearest(str(value), choices, n=1)
+        refuse(
+            argument,
+            got=repr(value),
+            want="one of " + ", ".join(map(repr, choices)),
+            cure=f"Did you mean {near[0]!r}?" if near else "",
+        )
+    return str(value)
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """The `n` names of `known` that are spelt most like `name`."""
+    return difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+
+
+def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import an optional library, or say which extra installs it.
+
+    Raises:
+        MissingExtraError: the library is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{purpose} needs {module}, which is not installed: pip install 'tl-modules[{extra}]'"
+        ) from error

@@ -1,0 +1,262 @@
+"""Compiled loops: sum tables of a dense or CSR matrix, and the sweep of single moves.
+
+All sums are float64. `mean` and `weight` (1 / scale) standardise on the fly; a label below 0 leaves its
+unit out. Sources: the ULCMOD paper (arXiv 2603.17823), section on IterD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numba import get_num_threads, njit, prange, set_num_threads
+
+EPSILON = 1e-8
+_COLUMNS_AT_A_TIME = 2048
+_FEWEST_CELLS_TO_SHARE = 1_000_000
+
+
+@contextmanager
+def threads_for(n_cells: int) -> Iterator[None]:
+    """One thread for a small matrix: waking the others would cost more than the work."""
+    before = get_num_threads()
+    set_num_threads(before if n_cells >= _FEWEST_CELLS_TO_SHARE else 1)
+    try:
+        yield
+    finally:
+        set_num_threads(before)
+
+
+@njit(cache=True, parallel=True)
+def dense_tables(X, mean, weight, sample_labels, unit_labels, n_modules):  # type: ignore[no-untyped-def]
+    """Both sum tables in one pass over X.
+
+    Returns unit_sums [unit, module] (over each module's samples) and sample_sums [sample, module] (over
+    each module's units).
+    """
+    n_samples, n_units = X.shape
+    n_blocks = (n_units + _COLUMNS_AT_A_TIME - 1) // _COLUMNS_AT_A_TIME
+    unit_sums = np.empty((n_units, n_modules))
+    partial = np.zeros((n_blocks, n_samples, n_modules))
+    counts = np.zeros(n_modules)
+    for i in range(n_samples):
+        counts[sample_labels[i]] += 1
+    for block in prange(n_blocks):
+        start = block * _COLUMNS_AT_A_TIME
+        stop = min(n_units, start + _COLUMNS_AT_A_TIME)
+        by_module = np.zeros((n_modules, stop - start))
+        labels = unit_labels[start:stop]
+        left_out = labels.min() < 0
+        block_weight = weight[start:stop]
+        for i in range(n_samples):
+            row = X[i, start:stop]
+            sums = by_module[sample_labels[i]]
+            own = partial[block, i]
+            for j in range(stop - start):
+                sums[j] += row[j]
+            if left_out:
+                for j in range(stop - start):
+                    if labels[j] >= 0:
+                        own[labels[j]] += row[j] * block_weight[j]
+            else:
+                for j in range(stop - start):
+                    own[labels[j]] += row[j] * block_weight[j]
+        for j in range(stop - start):
+            for k in range(n_modules):
+                centred = by_module[k, j] - counts[k] * mean[start + j]
+                unit_sums[start + j, k] = centred * block_weight[j]
+    sample_sums = partial.sum(axis=0)
+    _subtract_means(sample_sums, mean, weight, unit_labels)
+    return unit_sums, sample_sums
+
+
+@njit(cache=True, parallel=True)
+def dense_moments(X):  # type: ignore[no-untyped-def]
+    """Mean of each column and its sum of squared deviations, float64, without a temporary matrix."""
+    n_samples, n_units = X.shape
+    mean = np.empty(n_units)
+    squares = np.empty(n_units)
+    n_blocks = (n_units + _COLUMNS_AT_A_TIME - 1) // _COLUMNS_AT_A_TIME
+    for block in prange(n_blocks):
+        start = block * _COLUMNS_AT_A_TIME
+        stop = min(n_units, start + _COLUMNS_AT_A_TIME)
+        total = np.zeros(stop - start)
+        for i in range(n_samples):
+            row = X[i, start:stop]
+            for j in range(stop - start):
+                total[j] += row[j]
+        centre = total / n_samples
+        spread = np.zeros(stop - start)
+        for i in range(n_samples):
+            row = X[i, start:stop]
+            for j in range(stop - start):
+                spread[j] += (row[j] - centre[j]) ** 2
+        mean[start:stop] = centre
+        squares[start:stop] = spread
+    return mean, squares
+
+
+@njit(cache=True)
+def _subtract_means(sample_sums, mean, weight, unit_labels):  # type: ignore[no-untyped-def]
+    offset = np.zeros(sample_sums.shape[1])
+    for j in range(len(unit_labels)):
+        if unit_labels[j] >= 0:
+            offset[unit_labels[j]] += mean[j] * weight[j]
+    for i in range(sample_sums.shape[0]):
+        for k in range(sample_sums.shape[1]):
+            sample_sums[i, k] -= offset[k]
+
+
+@njit(cache=True, parallel=True)
+def dense_move_units(X, mean, weight, sample_sums, moved, old, new):  # type: ignore[no-untyped-def]
+    """Correct sample_sums in place for units `moved` that went from label `old` to `new`."""
+    for i in prange(X.shape[0]):
+        row = X[i]
+        own = sample_sums[i]
+        for t in range(len(moved)):
+            j = moved[t]
+            z = (row[j] - mean[j]) * weight[j]
+            own[old[t]] -= z
+            own[new[t]] += z
+
+
+@njit(cache=True, parallel=True)
+def dense_move_samples(X, mean, weight, unit_sums, moved, old, new):  # type: ignore[no-untyped-def]
+    """Correct unit_sums in place for samples `moved` that went from label `old` to `new`."""
+    n_units = X.shape[1]
+    n_blocks = (n_units + _COLUMNS_AT_A_TIME - 1) // _COLUMNS_AT_A_TIME
+    for block in prange(n_blocks):
+        start = block * _COLUMNS_AT_A_TIME
+        stop = min(n_units, start + _COLUMNS_AT_A_TIME)
+        for t in range(len(moved)):
+            row = X[moved[t]]
+            for j in range(start, stop):
+                z = (row[j] - mean[j]) * weight[j]
+                unit_sums[j, old[t]] -= z
+                unit_sums[j, new[t]] += z
+
+
+@njit(cache=True)
+def csr_tables(X, mean, weight, sample_labels, unit_labels, n_modules):  # type: ignore[no-untyped-def]
+    """As `dense_tables`, for X = (data, indices, indptr); zeros are never visited."""
+    data, indices, indptr = X
+    n_samples, n_units = len(indptr) - 1, len(mean)
+    unit_sums = np.zeros((n_units, n_modules))
+    sample_sums = np.zeros((n_samples, n_modules))
+    counts = np.zeros(n_modules)
+    for i in range(n_samples):
+        counts[sample_labels[i]] += 1
+        for p in range(indptr[i], indptr[i + 1]):
+            j = indices[p]
+            unit_sums[j, sample_labels[i]] += data[p]
+            if unit_labels[j] >= 0:
+                sample_sums[i, unit_labels[j]] += data[p] * weight[j]
+    for j in range(n_units):
+        for k in range(n_modules):
+            unit_sums[j, k] = (unit_sums[j, k] - counts[k] * mean[j]) * weight[j]
+    _subtract_means(sample_sums, mean, weight, unit_labels)
+    return unit_sums, sample_sums
+
+
+@njit(cache=True)
+def csr_move_units(X, mean, weight, sample_sums, moved, old, new):  # type: ignore[no-untyped-def]
+    """As `dense_move_units`, for CSR; one look at each non-zero."""
+    data, indices, indptr = X
+    at = np.full(len(mean), -1, dtype=np.int64)
+    for t in range(len(moved)):
+        at[moved[t]] = t
+    for i in range(len(indptr) - 1):
+        for p in range(indptr[i], indptr[i + 1]):
+            t = at[indices[p]]
+            if t >= 0:
+                z = data[p] * weight[indices[p]]
+                sample_sums[i, old[t]] -= z
+                sample_sums[i, new[t]] += z
+    offset = np.zeros(sample_sums.shape[1])
+    for t in range(len(moved)):
+        shift = mean[moved[t]] * weight[moved[t]]
+        offset[old[t]] -= shift
+        offset[new[t]] += shift
+    sample_sums -= offset
+
+
+@njit(cache=True)
+def csr_move_samples(X, mean, weight, unit_sums, moved, old, new):  # type: ignore[no-untyped-def]
+    """As `dense_move_samples`, for CSR; the non-zeros of moved rows, and each unit's mean once a module."""
+    data, indices, indptr = X
+    gained = np.zeros(unit_sums.shape[1])
+    for t in range(len(moved)):
+        gained[old[t]] -= 1
+        gained[new[t]] += 1
+        for p in range(indptr[moved[t]], indptr[moved[t] + 1]):
+            j = indices[p]
+            unit_sums[j, old[t]] -= data[p] * weight[j]
+            unit_sums[j, new[t]] += data[p] * weight[j]
+    for k in range(unit_sums.shape[1]):
+        if gained[k] != 0:
+            for j in range(len(mean)):
+                unit_sums[j, k] -= gained[k] * mean[j] * weight[j]
+
+
+@njit(cache=True)
+def sweep(sums, labels, counts, other_counts, order, tolerance):  # type: ignore[no-untyped-def]
+    """Visit items in `order` and move each to the module that raises L most, at once (Gauss-Seidel).
+
+    The O(1) form of a move: only two reciprocals of block sizes change. A move must raise L by more than
+    `tolerance` * |L|. The last item of a module is never taken away.
+
+    Args:
+        sums: [item, module] sum of an item's row or column over each module's other side.
+        labels: [item], changed in place.
+        counts: [module] items of each module, changed in place.
+        other_counts: [module] members of the other side, the step of a block's size.
+        order: items to visit.
+        tolerance: relative gain that a move must exceed.
+
+    Returns:
+        Own-block sum and L after the sweep.
+    """
+    n_modules = len(counts)
+    total, cells, inverse = 0.0, 0.0, 0.0
+    for i in range(len(labels)):
+        if labels[i] >= 0:
+            total += sums[i, labels[i]]
+    join = np.empty(n_modules)
+    for k in range(n_modules):
+        block = float(counts[k]) * other_counts[k]
+        cells += block
+        inverse += 1.0 / (block + EPSILON)
+        join[k] = 1.0 / (block + other_counts[k] + EPSILON) - 1.0 / (block + EPSILON)
+    for i in order:
+        old = labels[i]
+        if counts[old] <= 1:
+            continue
+        step = other_counts[old]
+        block = float(counts[old]) * step
+        leave = 1.0 / (block - step + EPSILON) - 1.0 / (block + EPSILON)
+        row = sums[i]
+        best = total / ((cells + EPSILON) * inverse)
+        bar = best + tolerance * abs(best)
+        rest, rest_cells, rest_inverse = total - row[old], cells - step + EPSILON, inverse + leave
+        target = -1
+        for k in range(n_modules):
+            numerator = rest + row[k]
+            denominator = (rest_cells + other_counts[k]) * (rest_inverse + join[k])
+            if numerator > bar * denominator and k != old:
+                target = k
+                best = numerator / denominator
+                bar = best + tolerance * abs(best)
+        if target >= 0:
+            total = rest + row[target]
+            cells += other_counts[target] - step
+            labels[i] = target
+            counts[old] -= 1
+            counts[target] += 1
+            inverse = 0.0
+            for k in range(n_modules):
+                inverse += 1.0 / (float(counts[k]) * other_counts[k] + EPSILON)
+            for k in (old, target):
+                block = float(counts[k]) * other_counts[k]
+                join[k] = 1.0 / (block + other_counts[k] + EPSILON) - 1.0 / (block + EPSILON)
+    return total, n_modules * total / ((cells + EPSILON) * inverse)

@@ -1,0 +1,163 @@
+"""The outer search of IterD: many starts and kicks on a sample of the columns, the best refined on all.
+
+Single moves end in local optima. A tenth of the columns is enough to tell good sample partitions from bad
+ones, so that most of the search costs a tenth.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from tl_modules.descent import Descent, descend
+from tl_modules.starts import balanced_labels, following_units, principal_scores
+from tl_modules.sums import ModuleSums, SampleLabels, UnitLabels
+
+RANK = 16
+_FEWEST_COLUMNS = 4096
+_COLUMN_SHARE = 0.1
+_COARSE_GAIN = 1e-5
+_N_REFINED = 3
+FULL_KICK_SHARE = 8
+"""One kick of the whole matrix for so many kicks of its sampled columns."""
+_SHUFFLED_SHARES = (0.1, 0.3)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to search."""
+
+    n_init: int
+    n_kicks: int
+    max_iter: int
+    tol: float
+    deadline: float = np.inf
+    """Value of time.monotonic() after which no new start or kick begins."""
+    tick: Callable[[], object] = lambda: None
+    """Called after each start and kick."""
+
+    @property
+    def spent(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.monotonic() >= self.deadline
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a search walks over: a matrix, its live units and the samples' principal scores."""
+
+    view: ModuleSums
+    live: Int[np.ndarray, " live"]
+    scores: Float[np.ndarray, "sample rank"]
+    n_modules: int
+    rng: np.random.Generator
+    whole: bool = True
+    """False for a sample of the columns, on which a rough optimum is enough."""
+
+    @classmethod
+    def of(
+        cls, view: ModuleSums, live: Int[np.ndarray, " live"], n_modules: int, rng: np.random.Generator
+    ) -> Field:
+        """The field of a whole matrix."""
+        return cls(view, live, principal_scores(view, RANK, rng), n_modules, rng)
+
+    def sampled(self) -> Field:
+        """The same samples over a random tenth of the live columns; itself if there are few columns."""
+        size = max(_FEWEST_COLUMNS, int(_COLUMN_SHARE * len(self.live)))
+        if size >= len(self.live):
+            return self
+        columns = np.sort(self.rng.choice(self.live, size, replace=False))
+        return replace(self, view=self.view.columns(columns), live=np.arange(size), whole=False)
+
+    def descend(self, sample_labels: SampleLabels, effort: Effort, least_gain: float = 0.0) -> Descent:
+        """Descend from sample labels; the units follow from them."""
+        units = following_units(self.view, sample_labels, self.n_modules, self.live)
+        return self.descend_from((sample_labels, units), effort, least_gain)
+
+    def descend_from(
+        self, start: tuple[SampleLabels, UnitLabels], effort: Effort, least_gain: float = 0.0
+    ) -> Descent:
+        """Descend from labels of both sides."""
+        order = self.rng.permutation
+        return descend(
+            self.view,
+            start,
+            self.n_modules,
+            order,
+            max_iter=effort.max_iter,
+            tol=effort.tol,
+            least_gain=least_gain,
+        )
+
+
+def search(field: Field, effort: Effort) -> list[Descent]:
+    """Explore, refine and kick; the accepted descents on the whole matrix, the best last."""
+    sampled = field.sampled()
+    chain, others = explore(sampled, effort)
+    if sampled.whole:
+        return chain
+    refined = [field.descend(end.sample_labels, effort) for end in [chain[-1], *others[: _N_REFINED - 1]]]
+    best = max(refined, key=lambda end: end.L)
+    return kicked(field, best, effort, effort.n_kicks // FULL_KICK_SHARE)
+
+
+def explore(field: Field, effort: Effort) -> tuple[list[Descent], list[Descent]]:
+    """Several starts, then kicks of the best: its accepted descents, and the other starts' by falling L."""
+    least_gain = 0.0 if field.whole else _COARSE_GAIN
+    starts: list[Descent] = []
+    for i in range(effort.n_init):
+        if starts and effort.spent:
+            break
+        starts.append(field.descend(_start(field, plain=i == 0), effort, least_gain))
+        effort.tick()
+    best, *others = sorted(starts, key=lambda end: -end.L)
+    return kicked(field, best, effort, effort.n_kicks, least_gain), others
+
+
+def _start(field: Field, *, plain: bool) -> SampleLabels:
+    """Balanced labels; after the first start the axes are stretched at random to reach other optima."""
+    stretch = 1.0 if plain else np.exp(0.5 * field.rng.standard_normal(field.scores.shape[1]))
+    return balanced_labels(field.scores * stretch, field.n_modules, field.rng)
+
+
+def kicked(
+    field: Field, best: Descent, effort: Effort, n_kicks: int, least_gain: float = 0.0
+) -> list[Descent]:
+    """Disturb the best partition and descend again, `n_kicks` times; what was better is kept, best last."""
+    accepted = [best]
+    for i in range(n_kicks):
+        if effort.spent:
+            break
+        kick = _resplit if i % 2 else _shuffle
+        end = field.descend(kick(field, accepted[-1].sample_labels), effort, least_gain)
+        if accepted[-1].L * (1 + effort.tol) < end.L:
+            accepted.append(end)
+        effort.tick()
+    return accepted
+
+
+def _resplit(field: Field, labels: SampleLabels) -> SampleLabels:
+    """Pool the samples of two to four modules and split them anew along their own principal axes."""
+    n_pooled = int(field.rng.integers(2, min(4, field.n_modules) + 1))
+    pooled = field.rng.choice(field.n_modules, n_pooled, replace=False)
+    members = np.flatnonzero(np.isin(labels, pooled))
+    own = field.scores[members] - field.scores[members].mean(axis=0)
+    left, values, _ = np.linalg.svd(own, full_matrices=False)
+    stretch = np.exp(field.rng.standard_normal(min(6, len(values))))
+    split = balanced_labels(left[:, :6] * values[:6] * stretch, n_pooled, field.rng)
+    labels = labels.copy()
+    labels[members] = pooled[split]
+    return labels
+
+
+def _shuffle(field: Field, labels: SampleLabels) -> SampleLabels:
+    """Exchange the labels of a tenth or a third of the samples among themselves."""
+    share = field.rng.choice(_SHUFFLED_SHARES)
+    chosen = field.rng.choice(len(labels), max(2, int(share * len(labels))), replace=False)
+    labels = labels.copy()
+    labels[chosen] = labels[field.rng.permutation(chosen)]
+    return labels
