@@ -21,7 +21,6 @@ import reference
 from tl_modules import IterD
 from tl_modules.descent import descend
 from tl_modules.objective import module_counts, objective
-from tl_modules.standardize import Standardization
 from tl_modules.sums import block_sums, module_sums
 
 N_SAMPLES, N_UNITS, N_MODULES = 840, 46_080, 20

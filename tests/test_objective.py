@@ -66,11 +66,9 @@ def test_single_flips_of_vector_1a():
     _, s, u, *_ = VECTORS["1a"]
     units = [score(A1, s, np.where(np.arange(8) == j, 1 - u, u), 2).L for j in range(8)]
     samples = [score(A1, np.where(np.arange(6) == i, 1 - s, s), u, 2).L for i in range(6)]
-    assert units == pytest.approx(
-        [0.798061373984, -1.29727540139, 0.695317437422, 0.969781887476]
-        + [1.51744842223, 1.32548225664, 1.37558008138, -0.7420794919],
-        rel=1e-11,
-    )
+    expected = [0.798061373984, -1.29727540139, 0.695317437422, 0.969781887476]
+    expected += [1.51744842223, 1.32548225664, 1.37558008138, -0.7420794919]
+    assert units == pytest.approx(expected, rel=1e-11)
     assert samples == pytest.approx(
         [0.374255565326, 1.6968374246, 1.98472525888, 0.268625665081, -0.43527446203, -0.460976524175],
         rel=1e-11,
@@ -89,11 +87,11 @@ def test_invariant_under_names_and_order():
 def test_scales_with_the_matrix_and_is_bounded_by_the_balanced_case():
     rng = np.random.default_rng(3)
     s, u = rng.integers(0, 4, 30), rng.integers(0, 4, 50)
-    assert score(3 * A3, s, u, 4).L == pytest.approx(3 * score(A3, s, u, 4).L, rel=1e-12)
+    assert pytest.approx(3 * score(A3, s, u, 4).L, rel=1e-12) == score(3 * A3, s, u, 4).L
     assert score(A3, s, u, 4).beta < 1
     even = score(A3[:28, :48], np.arange(28) % 4, np.arange(48) % 4, 4)
     assert even.beta == pytest.approx(1, rel=1e-9)
-    assert even.H == pytest.approx(28 * 48 / 16, rel=1e-9)
+    assert pytest.approx(28 * 48 / 16, rel=1e-9) == even.H
 
 
 def test_bound_of_xi_for_standardised_columns():

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from tl_modules.collect import collect
     from tl_modules.demo import load_demo_model, load_demo_prompts
     from tl_modules.evaluate import compare_methods, predict_categories, stability
+    from tl_modules.find import find_modules
     from tl_modules.iterd import IterD
-    from tl_modules.modules import Module, Modules, find_modules
+    from tl_modules.modules import Module, Modules
     from tl_modules.viz.report import write_report
 
 _ROOM_OF = {
@@ -33,7 +34,7 @@ _ROOM_OF = {
     "UnitActivations": "activations",
     "collect": "collect",
     "compare_methods": "evaluate",
-    "find_modules": "modules",
+    "find_modules": "find",
     "load_demo_model": "demo",
     "load_demo_prompts": "demo",
     "predict_categories": "evaluate",

@@ -1,0 +1,119 @@
+"""`collect` against the reference's way of reading neurons, on SmolLM2 and the demo prompts.
+
+    python benchmarks/collect_speed.py [--prompts N] [--repeats R] [--kind hooked|bridge]
+
+The other side is a plain restatement: the Hugging Face model as its defaults load it, one prompt at a time,
+a forward pre-hook on every `mlp.down_proj` that keeps mean |x| over all tokens, full logits. The sides take
+turns; medians are printed. Memory is that of a process of its own, over what it holds once the model is
+loaded and one prompt was collected, which loads the libraries (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tl_modules.collect import collect
+from tl_modules.demo import _weights_file, load_demo_model, load_demo_prompts
+
+SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
+WAYS = {"parity='paper'": {"parity": "paper"}, "plain text": {"chat": None, "exclude_special": False}}
+
+
+def load_reference():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = _weights_file()
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    return AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval(), tokenizer
+
+
+def reference(model, tokenizer, texts: list[str], chat: bool) -> tuple[np.ndarray, int]:
+    """Mean |input of down_proj| over all tokens, prompt by prompt; and the number of tokens."""
+    kept, rows, n_tokens = {}, [], 0
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _, inputs, i=i: kept.__setitem__(i, inputs[0][0].abs().mean(0))
+        )
+        for i, layer in enumerate(model.model.layers)
+    ]
+    for text in texts:
+        turns = [SYSTEM, {"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(rendered if chat else text, return_tensors="pt")
+        with torch.no_grad():
+            model(**inputs)
+        rows.append(torch.stack([kept[i] for i in range(len(hooks))]))
+        n_tokens += inputs["input_ids"].numel()
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(rows).flatten(1).numpy(), n_tokens
+
+
+def compare(name: str, model, other, texts: list[str], options: argparse.Namespace) -> None:
+    seconds: dict[str, list[float]] = {"collect": [], "reference": []}
+    for _ in range(options.repeats):
+        start = time.perf_counter()
+        acts = collect(model, texts, **WAYS[name], batch_tokens=options.batch_tokens, progress=False)
+        seconds["collect"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        expected, n_tokens = reference(*other, texts, chat="parity" in name)
+        seconds["reference"].append(time.perf_counter() - start)
+    ours, theirs = (statistics.median(seconds[side]) for side in ("collect", "reference"))
+    difference = np.abs(acts.X - expected).max()
+    print(f"{name}: {len(texts)} prompts, {n_tokens:,} tokens, median of {options.repeats}")
+    print(f"  collect   {ours:7.2f} s  {n_tokens / ours:7.0f} tokens/s")
+    print(f"  reference {theirs:7.2f} s  {n_tokens / theirs:7.0f} tokens/s")
+    print(
+        f"  ratio {theirs / ours:.2f}; values up to {expected.max():.0f} differ by {difference:.1e} at most"
+    )
+
+
+def peak_memory(options: argparse.Namespace) -> None:
+    """Peak of a collecting process over the model it holds, in units of the result."""
+    texts = load_demo_prompts()["text"].tolist()[: options.prompts]
+    model = load_demo_model(options.kind)
+    collect(model, texts[:1], parity="paper", progress=False)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _status("VmRSS")
+    acts = collect(model, texts, parity="paper", batch_tokens=options.batch_tokens, progress=False)
+    extra = _status("VmHWM") - before
+    print(f"memory: model and libraries {before / 1e6:.0f} MB, result {acts.X.nbytes / 1e6:.1f} MB")
+    print(f"  peak = model + {extra / 1e6:.1f} MB = model + {extra / acts.X.nbytes:.2f} x result")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=None, help="how many of the demo prompts (all)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kind", choices=("hooked", "bridge"), default="hooked")
+    parser.add_argument("--batch-tokens", type=int, default=None)
+    parser.add_argument("--memory-only", action="store_true", help="what the process of its own runs")
+    options = parser.parse_args()
+    if options.memory_only:
+        peak_memory(options)
+        return
+    texts = load_demo_prompts().sample(frac=1, random_state=0)["text"].tolist()[: options.prompts]
+    model, other = load_demo_model(options.kind), load_reference()
+    print(f"SmolLM2-135M-Instruct as {type(model).__name__}, {torch.get_num_threads()} threads")
+    for name in WAYS:
+        compare(name, model, other, texts, options)
+    sys.stdout.flush()
+    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--memory-only"], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The command line end to end on a tiny planted model, and its errors: one line, exit code 2."""
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from planted import planted_bridge
+from sklearn.metrics import adjusted_rand_score
+from typer.testing import CliRunner
+
+import tl_modules.demo
+from tl_modules._version import __version__
+from tl_modules.activations import UnitActivations
+from tl_modules.cli import app
+from tl_modules.modules import Modules
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return planted_bridge()
+
+
+@pytest.fixture
+def run(planted, monkeypatch, tmp_path):
+    """Runs the command line in an empty folder, with the planted model as the demo."""
+    monkeypatch.setattr(tl_modules.demo, "load_demo_model", lambda kind: planted.model)
+    monkeypatch.setattr(tl_modules.demo, "load_demo_prompts", lambda: planted.prompts)
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def acts(run, planted, tmp_path):
+    """A folder of activations that `collect` wrote."""
+    planted.prompts.to_csv("prompts.csv", index=False)
+    result = run("collect", "demo", "prompts.csv", "acts")
+    assert result.exit_code == 0, result.output
+    return tmp_path / "acts"
+
+
+def refused(result):
+    """The one line on stderr of a refusal."""
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("tl-modules: "), result.stderr
+    return lines[0]
+
+
+def test_demo_prints_the_modules_and_writes_the_report(run, planted, tmp_path):
+    result = run("demo", "--n-modules", 4, "--out", "found.html", "--seed", 1)
+    assert result.exit_code == 0, result.output
+    assert str(tmp_path / "found.html") in result.stdout and "tl-modules collect" in result.stdout
+    assert "<html" in (tmp_path / "found.html").read_text(encoding="utf-8")
+    for group in planted.prompts["category"].unique():
+        assert group in result.stdout
+
+
+def test_collect_find_report_evaluate(run, planted, acts, tmp_path):
+    collected = UnitActivations.load(acts)
+    assert collected.samples["text"].tolist() == planted.prompts["text"].tolist()
+    assert collected.samples["category"].tolist() == planted.prompts["category"].tolist()
+
+    result = run("find", "acts", "modules", "--n-modules", 4)
+    assert result.exit_code == 0, result.output
+    assert "4 modules" in result.stdout
+    modules = Modules.load(tmp_path / "modules")
+    assert adjusted_rand_score(modules.sample_labels, planted.sample_groups) == 1.0
+
+    result = run("report", "modules", "r.html")
+    assert result.exit_code == 0 and str(tmp_path / "r.html") in result.stdout
+
+    words = ["acts", "--n-modules", "4,5", "--methods", "iterd,k-means", "--csv", "table.csv"]
+    result = run("evaluate", words[0], "acts", *words[1:])
+    assert result.exit_code == 0, result.output
+    assert "objective" in result.stdout and "surface words" in result.stdout
+    table = pd.read_csv("table-objective.csv")
+    assert table["method"].tolist() == ["iterd", "k-means"] * 2
+    assert pd.read_csv("table-prediction.csv")["accuracy"].iloc[0] == 1.0
+    result = run("evaluate", *words[:5])
+    assert result.exit_code == 0 and "prediction" not in result.stdout
+
+
+def test_find_by_a_baseline(run, acts, tmp_path):
+    result = run("find", acts, "modules", "--method", "k-means", "--n-modules", 4, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    source = Modules.load(tmp_path / "modules").source
+    assert source["method"] == "KMeansModules" and source["settings"]["random_state"] == 3
+
+
+def test_collect_hands_its_options_on(run, planted, monkeypatch):
+    seen = {}
+
+    def spy(model, prompts, basis, **settings):
+        seen.update(settings, model=model, basis=basis, n=len(prompts))
+        return "activations"
+
+    monkeypatch.setattr("tl_modules.collect.collect", spy)
+    (planted.prompts[["text"]]).to_json("p.jsonl", orient="records", lines=True)
+    options = ["--reduce", "max_abs", "--chat", "--no-exclude-special", "--max-length", 9]
+    result = run("collect", "demo", "p.jsonl", "o", *options, "--batch-tokens", 64, "--parity", "paper")
+    assert result.exit_code == 0, result.output
+    expected = {"reduce": "max_abs", "chat": True, "exclude_special": False, "max_length": 9}
+    expected |= {"batch_tokens": 64, "parity": "paper", "basis": "neurons", "n": len(planted.prompts)}
+    assert expected.items() <= seen.items()
+    assert str(seen["store"]) == "o" and seen["model"] is planted.model
+    seen.clear()
+    assert run("collect", "demo", "p.jsonl", "o").exit_code == 0
+    assert seen["batch_tokens"] is None and seen["parity"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["collect", "demo", "none.txt", "o"], "none.txt: no such file of prompts"),
+        (["collect", "demo", "bad.jsonl", "o"], "bad.jsonl, line 2: not JSON"),
+        (["collect", "demo", "good.txt", "o", "--basis", "neuron"], "'neuron'"),
+        (["collect", "demo", "good.txt", "o", "--reduce", "average"], "'average'"),
+        (["collect", "demo", "good.txt", "o", "--parity", "papers"], "Did you mean 'paper'"),
+        (["collect", "demo", "good.txt", "o", "--kind", "hook"], "--kind: got 'hook'"),
+        (["collect", "demo", "good.txt"], "Missing argument"),
+        (["find", "nowhere", "o"], "nowhere"),
+        (["find", "acts", "o", "--n-modules", "1000"], "n_modules: got 1000"),
+        (["find", "acts", "o", "--n-modules", "ten"], "--n-modules"),
+        (["find", "acts", "o", "--method", "kmeans"], "Did you mean 'k-means'"),
+        (["report", "acts", "r.html"], "acts"),
+        (["report", "acts", "no/folder/r.html"], "Make no/folder first"),
+        (["demo", "--out", "no/folder/r.html"], "Make no/folder first"),
+        (["demo", "--kind", "transformer"], "--kind: got 'transformer'"),
+        (["evaluate", "acts", "--n-modules", "5;6"], "--n-modules: got '5;6'"),
+        (["evaluate", "acts", "nowhere", "--n-modules", "4"], "nowhere"),
+        (["evaluate", "acts", "--methods", "iterd,kmean"], "Did you mean 'k-means'"),
+        (["finds"], "No such command"),
+        (["find", "acts", "o", "--colour"], "--colour"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(run, acts, tmp_path, words, part):
+    (tmp_path / "good.txt").write_text("ash1 ash2\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text":\n')
+    assert part in refused(run(*words))
+
+
+def test_what_nobody_foresaw_is_one_line_too(run, monkeypatch):
+    def broken(kind):
+        raise TypeError("first\nsecond")
+
+    monkeypatch.setattr(tl_modules.demo, "load_demo_model", broken)
+    assert refused(run("demo")) == "tl-modules: TypeError: first second (--debug shows where)"
+    monkeypatch.setattr(
+        tl_modules.demo, "load_demo_model", lambda kind: (_ for _ in ()).throw(OSError("disk"))
+    )
+    assert refused(run("demo")) == "tl-modules: disk"
+
+
+@pytest.mark.parametrize("words", [["--debug", "find", "nowhere", "o"], ["find", "nowhere", "o", "--debug"]])
+def test_debug_shows_the_traceback(run, words):
+    result = run(*words)
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr and "FileFormatError: nowhere" in result.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_help(run, words):
+    result = run(*words)
+    assert result.exit_code == 0
+    for command in ("demo", "collect", "find", "report", "evaluate", "--debug", "--version"):
+        assert command in result.stdout
+
+
+def test_version_by_both_entries():
+    for module in ("tl_modules", "tl_modules.cli"):
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout.strip()) == (0, f"tl-modules {__version__}"), done.stderr
+
+
+def test_a_named_model_is_loaded_by_the_class_asked_for(run, planted, monkeypatch, tmp_path):
+    from tl_modules import cli
+
+    asked = []
+    monkeypatch.setattr(cli, "_load_model", lambda name, kind: asked.append((name, kind)) or planted.model)
+    (tmp_path / "good.txt").write_text("ash1 ash2\n")
+    for i, kind in enumerate(["bridge", "hooked"]):
+        assert run("collect", "some/model", "good.txt", f"o{i}", "--kind", kind).exit_code == 0
+    assert asked == [("some/model", "bridge"), ("some/model", "hooked")]

@@ -1,0 +1,24 @@
+"""Every tutorial runs from top to bottom, offline, and shows its figures in an exported page."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_tutorial_runs(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    figures = [data for data in outputs if "application/vnd.plotly.v1+json" in data]
+    assert figures, "a tutorial shows a figure"
+    assert all("text/html" in data for data in figures), "nbconvert would drop it"
+    assert not any("cdn" in data.get("text/html", "")[:2000] for data in figures)
+
+
+def test_there_are_tutorials():
+    assert TUTORIALS

@@ -1,0 +1,145 @@
+"""What is computed when labels meet activations: statistics, counts, checks and the source."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from tl_modules._checks import check_choice, refuse
+from tl_modules._version import __version__
+from tl_modules.activations import UnitActivations
+from tl_modules.objective import block_means, module_counts
+from tl_modules.standardize import Standardization
+from tl_modules.sums import module_sums, one_hot
+
+_IDENTITY = ["layer", "kind", "index", "hook_name"]
+"""The columns by which two unit tables are the same."""
+
+_PEAK_LAYERS = 3
+
+ShareOf = Literal["module", "layer", "category"] | None
+
+
+def statistics(
+    X: Any, sample_labels: np.ndarray, unit_labels: np.ndarray, n_modules: int, standardization: Any
+) -> dict[str, Any]:
+    """Heat map, sample scores and unit strengths from one pass over X."""
+    # Samples that were left out get a module of their own, which is then cut off.
+    kept = np.where(sample_labels >= 0, sample_labels, n_modules)
+    view = module_sums(X, Standardization(*standardization))
+    unit_sums, sample_sums = view.tables(kept, unit_labels, n_modules + 1)
+    unit_sums, sample_sums = unit_sums[:, :n_modules], sample_sums[:, :n_modules]
+    rows, columns = module_counts(sample_labels, n_modules), module_counts(unit_labels, n_modules)
+    return {
+        "heat_map": block_means(one_hot(sample_labels, n_modules).T @ sample_sums, rows, columns),
+        "sample_scores": ratio(sample_sums, columns),
+        "unit_strengths": _strengths(unit_sums, unit_labels, rows),
+    }
+
+
+def _strengths(
+    unit_sums: Float[np.ndarray, "unit module"],
+    unit_labels: Int[np.ndarray, " unit"],
+    n_samples: Int[np.ndarray, " module"],
+) -> Float[np.ndarray, " unit"]:
+    """Mean over the own module's samples minus mean over the others'; nan for a unit that was left out."""
+    own = unit_sums[np.arange(len(unit_labels)), unit_labels]
+    inside = n_samples[unit_labels]
+    others = ratio(unit_sums.sum(axis=1) - own, n_samples.sum() - inside)
+    return np.where(unit_labels >= 0, ratio(own, inside) - others, np.nan)
+
+
+def block_table(
+    heat_map: Float[np.ndarray, "module module"],
+    n_samples: Int[np.ndarray, " module"],
+    n_units: Int[np.ndarray, " module"],
+) -> pd.DataFrame:
+    """See `Modules.blocks`."""
+    rows, columns = n_samples.astype(float), n_units.astype(float)
+    inside = np.diag(heat_map)
+    below = rows @ heat_map - rows * inside
+    beside = heat_map @ columns - columns * inside
+    below_cells, beside_cells = rows.sum() - rows, columns.sum() - columns
+    outside_sum = below * columns + beside * rows
+    outside = ratio(outside_sum, below_cells * columns + beside_cells * rows)
+    table = {
+        "mean_inside": inside,
+        "other_samples": ratio(below, below_cells),
+        "other_units": ratio(beside, beside_cells),
+        "mean_outside": outside,
+        "contrast": inside - outside,
+    }
+    return pd.DataFrame(table, index=pd.RangeIndex(len(heat_map), name="module"))
+
+
+def ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums over counts, 0 where nothing was counted."""
+    return np.where(counts > 0, sums / np.maximum(counts, 1), 0.0)
+
+
+def cross_table(
+    labels: Int[np.ndarray, " item"], values: pd.Series, n_modules: int, share_of: ShareOf
+) -> pd.DataFrame:
+    """Items by module (rows) and value (columns), or the share that each count is of its row or column."""
+    column = str(values.name)
+    if share_of is not None:
+        check_choice("share_of", share_of, ["module", column])
+    kept = (labels >= 0) & values.notna().to_numpy()
+    known = np.unique(values.dropna().to_numpy())
+    place = np.searchsorted(known, values[kept].to_numpy())
+    counts = np.zeros((n_modules, len(known)), dtype=np.int64)
+    np.add.at(counts, (labels[kept], place), 1)
+    if share_of is None:
+        table = counts
+    else:
+        table = ratio(counts, counts.sum(axis=1 if share_of == "module" else 0, keepdims=True))
+    index = pd.RangeIndex(n_modules, name="module")
+    return pd.DataFrame(table, index=index, columns=pd.Index(known, name=column))
+
+
+def peaks(counts: pd.Series) -> str:
+    """The layers that hold most of a module's units, in order: "L3 L4 L9"."""
+    best = counts[counts > 0].nlargest(_PEAK_LAYERS)
+    return " ".join(f"L{layer}" for layer in sorted(best.index))
+
+
+def check_labels(name: str, labels: np.ndarray, n_modules: int) -> None:
+    """Refuse labels outside -1..n_modules-1."""
+    if len(labels) and not -1 <= labels.min() <= labels.max() < n_modules:
+        got = f"labels from {labels.min()} to {labels.max()}"
+        refuse(name, got=got, want=f"labels from -1 (left out) to {n_modules - 1}")
+
+
+def check_same_units(own: pd.DataFrame, other: pd.DataFrame) -> None:
+    """Refuse activations of other units, or of the same in another order."""
+    cure = "Collect with the same model, basis and layers."
+    if len(own) != len(other):
+        refuse("acts", got=f"{len(other)} units", want=f"the {len(own)} units of these modules", cure=cure)
+    differs = (own[_IDENTITY].to_numpy() != other[_IDENTITY].to_numpy()).any(axis=1)
+    if differs.any():
+        first = int(differs.argmax())
+        got = f"{other['label'].iloc[first]} in column {first}"
+        refuse("acts", got=got, want=f"{own['label'].iloc[first]} there, as in these modules", cure=cure)
+
+
+def source_of(estimator: Any, acts: UnitActivations) -> dict[str, Any]:
+    """How a decomposition was made, as JSON can hold it."""
+    settings = {name: _plain(value) for name, value in sorted(estimator.get_params().items())}
+    return {
+        "method": type(estimator).__name__,
+        "settings": settings,
+        "tl_modules": __version__,
+        "activations": dict(acts.source),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON can hold it; arrays and generators by what they are."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return f"{type(value).__name__} of shape {np.shape(value)}"
+    return value if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__

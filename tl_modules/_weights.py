@@ -1,0 +1,134 @@
+"""What the weights say: the MLP's matrices, the norms around it, and which processing they went through.
+
+Matrices are returned in transformer-lens' orientation. Norm gains are found by passing a vector through the
+norm, so that no convention of storing them (gain, or gain minus one) has to be known.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Centred weights of half precision have means of about 1e-3 of this ratio's unit; uncentred ones of about 1.
+_CENTERED_BELOW = 0.05
+_PROBE_SIZE = 1e3
+
+
+def mlp_write_matrix(model: Any, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    """`W_out` of a layer: row n is what neuron n writes, before any norm that follows the MLP."""
+    weights: Tensor = model.blocks[layer].mlp.W_out
+    return weights.detach()
+
+
+def mlp_read_matrices(model: Any, layer: int) -> dict[str, Float[Tensor, "d_model d_mlp"]]:
+    """`W_in` of a layer, and `W_gate` where the MLP is gated; both read what leaves the norm before it."""
+    mlp = model.blocks[layer].mlp
+    matrices = {"W_in": mlp.W_in.detach()}
+    if getattr(model.cfg, "gated_mlp", False):
+        matrices["W_gate"] = mlp.W_gate.detach()
+    return matrices
+
+
+def mlp_write_gain(model: Any, layer: int) -> Float[Tensor, " d_model"]:
+    """What a neuron's write is multiplied with, coordinate by coordinate, on its way to the residual stream.
+
+    The gain of the norm after the MLP (Gemma 2 and 3, OLMo 2), times the residual multiplier (Granite); ones
+    for other models. The norm also divides by a root mean square, one positive number a position: not in it.
+    """
+    norm = post_mlp_norm(model.blocks[layer])
+    weights = mlp_write_matrix(model, layer)
+    gain = torch.ones_like(weights[0]) if norm is None else norm_gain(norm, weights[0])
+    return gain * float(getattr(model.cfg, "residual_multiplier", None) or 1.0)
+
+
+def mlp_read_gain(model: Any, layer: int) -> Float[Tensor, " d_model"]:
+    """The gain of the norm before the MLP; ones where it was folded into the weights or there is none."""
+    norm = pre_mlp_norm(model.blocks[layer], parallel=bool(getattr(model.cfg, "parallel_attn_mlp", False)))
+    like = mlp_write_matrix(model, layer)[0]
+    return torch.ones_like(like) if norm is None else norm_gain(norm, like)
+
+
+def post_mlp_norm(block: Any) -> Any:
+    """The norm between the MLP and the residual stream, or None."""
+    norm = getattr(block, "ln2_post", None)
+    return block.ln2 if norm is None and _mlp_reads_residual(block) else norm
+
+
+def pre_mlp_norm(block: Any, *, parallel: bool) -> Any:
+    """The norm between the residual stream and the MLP, or None; GPT-J shares attention's."""
+    if _mlp_reads_residual(block):
+        return None
+    return getattr(block, "ln2", None) or (getattr(block, "ln1", None) if parallel else None)
+
+
+def _mlp_reads_residual(block: Any) -> bool:
+    """OLMo 2 and 3: no norm before the MLP, only one after it."""
+    architecture = str(getattr(getattr(block, "cfg", None), "original_architecture", ""))
+    return bool(getattr(block, "mlp_reads_resid_directly", False)) or architecture.startswith(
+        ("Olmo2For", "Olmo3For")
+    )
+
+
+def norm_gain(norm: Any, like: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+    """The gain of a LayerNorm or RMS norm, found by passing a vector of alternating signs through it.
+
+    Such a vector has mean 0 and root mean square 1, so both kinds of norm only multiply it with the gain.
+    """
+    raw = getattr(norm, "original_component", None)
+    if raw is None:
+        stored = getattr(norm, "w", None)
+        return torch.ones_like(like) if stored is None else stored.detach()
+    signs = torch.ones_like(like)
+    signs[1::2] = -1
+    with torch.no_grad():
+        probe = _PROBE_SIZE * signs[None, None]
+        twice: Tensor = raw(probe) - raw(-probe)
+    return signs * twice[0, 0] / 2
+
+
+def weight_processing(model: Any) -> dict[str, bool | str]:
+    """Which of transformer-lens' changes the weights went through, measured on the weights.
+
+    Returns:
+        `fold_ln`, `center_writing_weights`, `center_unembed`, `fold_value_biases` (False where a value
+        bias is left; "unknown" where all are zero, folded away or never there), and for a bridge
+        `compatibility_mode`. A norm whose gain is 1 everywhere counts as folded: it acts as one.
+    """
+    facts: dict[str, bool | str] = {
+        "fold_ln": _norms_are_folded(model),
+        "center_writing_weights": _is_centered(model.blocks[0].attn.W_O.detach()),
+        "center_unembed": _is_centered(model.W_U.detach()),
+        "fold_value_biases": _value_biases_are_folded(model),
+    }
+    if hasattr(model, "compatibility_mode"):
+        facts["compatibility_mode"] = bool(model.compatibility_mode)
+    return facts
+
+
+def _norms_are_folded(model: Any) -> bool:
+    if str(model.cfg.normalization_type).endswith("Pre"):
+        return True
+    block = model.blocks[0]
+    norm = getattr(block, "ln1", None)
+    if norm is None or model.cfg.normalization_type is None:
+        return False
+    gain = norm_gain(norm, torch.ones(model.cfg.d_model, dtype=model.W_U.dtype, device=model.W_U.device))
+    return bool(torch.allclose(gain, torch.ones_like(gain), atol=1e-4))
+
+
+def _is_centered(weights: Tensor) -> bool:
+    """Whether the mean over the last axis is zero, compared with what chance would give."""
+    width = weights.shape[-1]
+    means = weights.float().mean(dim=-1).square().mean().sqrt()
+    size = weights.float().square().mean().sqrt()
+    return bool(means * math.sqrt(width) < _CENTERED_BELOW * size)
+
+
+def _value_biases_are_folded(model: Any) -> bool | str:
+    biases = [getattr(block.attn, "b_V", None) for block in model.blocks]
+    left = any(bias is not None and bool(bias.detach().any()) for bias in biases)
+    return False if left else "unknown"

@@ -1,0 +1,240 @@
+"""`collect`: a model, prompts and a basis give one value per sample and unit."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_modules._checks import check_choice, check_integer, refuse
+from tl_modules._rows import Rows, RowsInMemory, RowsOnDisk, finished
+from tl_modules._version import __version__
+from tl_modules.activations import UnitActivations
+from tl_modules.bases import Basis, as_basis
+from tl_modules.batches import Batch, Sequences, assemble, different, plan
+from tl_modules.host import describe, forward, hooked
+from tl_modules.prefix import PrefixState, prefix_cache
+from tl_modules.prompts import read_prompts
+from tl_modules.reductions import REDUCTIONS, Reduction
+from tl_modules.tokens import TokenizedPrompts, TokenSettings, tokenize
+
+_NUMBERS_AT_A_TIME = 1 << 22
+
+
+def collect(
+    model: Any,
+    prompts: Any,
+    basis: str | Basis = "neurons",
+    *,
+    reduce: str = "mean_abs",
+    chat: bool | str | None = None,
+    exclude_special: bool = True,
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+    store: str | Path | None = None,
+    parity: Literal["paper"] | None = None,
+    progress: bool = True,
+) -> UnitActivations:
+    """Run prompts through a model and keep one value per prompt and unit.
+
+    Positions are reduced inside the hooks, so that no [prompt, position, unit] tensor outlives its layer; the
+    model stops after the last layer that the basis reads. Prompts run in batches of like length; equal
+    prompts run once; what all prompts begin with alike (a chat template's system message) runs once. None of
+    this changes a value beyond rounding.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`. It is left as it was found.
+        prompts: a list of strings, of chat-message lists or of token ids without padding; or a pandas
+            DataFrame or Hugging Face dataset with a column text, prompt, instruction, content or messages,
+            and category or label if known.
+        basis: what a unit is: "neurons", or a `Basis`.
+        reduce: what is kept of a unit's values over a prompt's positions: "mean_abs", "max_abs", "mean", or
+            "active", the fraction of positions where the value is above 0.
+        chat: None or False runs texts as they are, with the start token that `model.to_tokens` would add;
+            True makes each the user's turn in the tokenizer's chat template; a string does so after that
+            system message.
+        exclude_special: leave out of the reduction special tokens and, with a chat template, all that the
+            template or the system message wrote. They are run all the same.
+        max_length: cut longer prompts to their first tokens. None refuses prompts beyond the model's context.
+        batch_tokens: positions in a batch, padding included. None: 256 on a CPU, where more is hardly faster
+            and needs more memory, 8192 on an accelerator.
+        store: a folder to write to as the run goes on. The same call takes up a killed run where it was, with
+            a bit-identical result, and returns a finished one at once.
+        parity: "paper" does as the ULCMOD paper's code (arXiv 2603.17823): chat template over a fixed
+            helpful-assistant system message, cut at the tokenizer's own limit, mean |a| over all positions;
+            `exclude_special` has no say.
+        progress: show a progress bar, in tokens.
+
+    Returns:
+        The raw values, float32 [sample, unit], with their tables; on disk if `store` is given.
+
+    Raises:
+        InputError: a prompt or setting that cannot be used, or activations that are not finite.
+        UnsupportedModelError: the model has no units of this basis.
+        FileFormatError: `store` is foreign or damaged.
+        HookError: a hook did not fire once per forward.
+
+    Example:
+        `acts = collect(model, ["The capital of France is", "2 + 2 ="])` is all it takes. What cannot be used
+        is refused before anything runs:
+
+        >>> collect("gpt2", ["The capital of France is"])
+        Traceback (most recent call last):
+        ...
+        tl_modules._checks.InputError: model: got a str, expected a HookedTransformer or...
+    """
+    check_choice("reduce", reduce, REDUCTIONS)
+    settings = _token_settings(reduce, chat, exclude_special, max_length, parity)
+    basis = as_basis(basis)
+    units = basis.units(model)
+    tokenized = tokenize(model, read_prompts(prompts), settings)
+    source = describe(model).source()
+    batch_tokens = _batch_tokens(batch_tokens, source["device"])
+    source |= {
+        "basis": basis.kind,
+        "hook_names": basis.hook_names(model),
+        "reduce": reduce,
+        **vars(settings),
+        "batch_tokens": batch_tokens,
+        "n_samples": len(tokenized.tokens),
+        "prompts_sha256": _digest(tokenized),
+        "package_version": __version__,
+    }
+    rows: Rows
+    if store is None:
+        rows = RowsInMemory(len(tokenized.tokens), len(units), source)
+    else:
+        source["weights_crc32"] = _weights_checksum(model)
+        if (result := finished(Path(store), source)) is not None:
+            return result
+        rows = RowsOnDisk(Path(store), len(tokenized.tokens), len(units), source)
+    sequences = different(tokenized.tokens, tokenized.counted)
+    _Pass(model, basis, units, REDUCTIONS[reduce]).run(sequences, rows, batch_tokens, progress)
+    return rows.finish(tokenized.samples, units)
+
+
+def _token_settings(
+    reduce: str, chat: bool | str | None, exclude_special: bool, max_length: int | None, parity: str | None
+) -> TokenSettings:
+    if max_length is not None:
+        check_integer("max_length", max_length, least=1)
+    if chat == "":
+        refuse("chat", got="''", want="None, True or a system message")
+    if parity is None:
+        return TokenSettings(chat, exclude_special, max_length)
+    check_choice("parity", parity, ["paper"])
+    given = {"reduce": reduce, "chat": chat, "max_length": max_length}
+    fixed = {"reduce": "mean_abs", "chat": None, "max_length": None}
+    for name, value in given.items():
+        if value != fixed[name]:
+            refuse(name, got=repr(value), want=f"{fixed[name]!r} with parity='paper'")
+    return TokenSettings(chat, False, max_length, "paper")
+
+
+def _batch_tokens(given: int | None, device: str) -> int:
+    if given is not None:
+        return check_integer("batch_tokens", given, least=1)
+    return 256 if device == "cpu" else 8192
+
+
+class _Pass:
+    """One walk of all sequences through the model, with a hook on every hook point of the basis."""
+
+    def __init__(self, model: Any, basis: Basis, units: pd.DataFrame, reduction: Reduction) -> None:
+        self._model, self._basis, self._units, self._reduction = model, basis, units, reduction
+        self._columns = {name: _columns(units, name) for name in basis.hook_names(model)}
+        self._stop_at_layer = int(units["layer"].max()) + 1
+        self._forwards = 0
+        self._counted: Bool[Tensor, "batch pos"]
+        self._parts: Float[Tensor, "batch unit"]
+        self._prefix_part: Float[Tensor, "one unit"] | None = None
+
+    def run(self, sequences: Sequences, rows: Rows, batch_tokens: int, progress: bool) -> None:
+        """Fill `rows`, batch after batch."""
+        n_tokens = [len(ids) * len(s) for ids, s in zip(sequences.tokens, sequences.samples, strict=True)]
+        bar = tqdm(total=sum(n_tokens), unit="tok", unit_scale=True, desc="collect", disable=not progress)
+        hooks = {name: partial(self._reduce, name) for name in self._columns}
+        with bar, hooked(self._model, hooks) as counter:
+            prefix = self._run_prefix(sequences)
+            n_prefix = 0 if prefix is None else prefix.n_tokens
+            for number, members in enumerate(plan(sequences, n_prefix, batch_tokens)):
+                batch = assemble(sequences, members, n_prefix)
+                if not rows.has(number, batch):
+                    values = self._run_batch(batch, prefix, int(sequences.counted[0][:n_prefix].sum()))
+                    counter.check(self._forwards)
+                    self._check_finite(values, batch)
+                    rows.put(number, batch, values.numpy())
+                bar.update(sum(n_tokens[i] for i in members))
+
+    def _reduce(self, name: str, activation: Tensor) -> None:
+        values = self._basis.values(name, activation)
+        self._parts[:, self._columns[name]] = self._reduction.part(
+            values, self._counted.to(values.device)
+        ).cpu()
+
+    def _run_prefix(self, sequences: Sequences) -> PrefixState | None:
+        n_prefix = sequences.shared_prefix()
+        if n_prefix == 0:
+            return None
+        self._expect(torch.from_numpy(sequences.counted[0][None, :n_prefix]))
+        state = prefix_cache(
+            self._model, torch.from_numpy(sequences.tokens[0][:n_prefix]), self._stop_at_layer
+        )
+        if state is not None:
+            self._forwards += 1
+            self._prefix_part = self._parts
+        return state
+
+    def _run_batch(
+        self, batch: Batch, prefix: PrefixState | None, n_counted_before: int
+    ) -> Float[Tensor, "batch unit"]:
+        self._expect(batch.counted)
+        forward(self._model, batch.tokens, batch.real, stop_at_layer=self._stop_at_layer, prefix=prefix)
+        self._forwards += 1
+        if self._prefix_part is not None:
+            self._reduction.merge(self._parts, self._prefix_part)
+        return self._reduction.finish(self._parts, batch.counted.sum(dim=1) + n_counted_before)
+
+    def _expect(self, counted: Bool[Tensor, "batch pos"]) -> None:
+        """Make ready for a forward of these positions."""
+        self._counted = counted
+        self._parts = torch.empty(len(counted), len(self._units))
+
+    def _check_finite(self, values: Float[Tensor, "batch unit"], batch: Batch) -> None:
+        bad = ~values.isfinite()
+        if bad.any():
+            sequence, unit = (int(i) for i in bad.nonzero()[0])
+            sample = next(sample for sample, row in batch.rows if row == sequence)
+            got = f"values of {self._units['label'].iloc[unit]} that are not finite, in prompts[{sample}]"
+            refuse("model", got=got, want="finite activations", cure="Load it in float32 or bfloat16.")
+
+
+def _columns(units: pd.DataFrame, hook_name: str) -> slice:
+    places = np.flatnonzero(units["hook_name"] == hook_name)
+    return slice(int(places[0]), int(places[-1]) + 1)
+
+
+def _digest(tokenized: TokenizedPrompts) -> str:
+    """SHA-256 of the token ids, of what counts and of the table beside them."""
+    digest = hashlib.sha256(tokenized.samples.to_json(orient="split").encode())
+    for ids, mask in zip(tokenized.tokens, tokenized.counted, strict=True):
+        digest.update(ids.tobytes() + mask.tobytes())
+    return digest.hexdigest()
+
+
+def _weights_checksum(model: Any) -> int:
+    """CRC-32 of all parameters, so that a store is not continued with another checkpoint."""
+    value = 0
+    for parameter in model.parameters():
+        for piece in parameter.detach().reshape(-1).split(_NUMBERS_AT_A_TIME):
+            value = zlib.crc32(piece.cpu().view(torch.uint8).numpy(), value)
+    return value

@@ -1,0 +1,18 @@
+"""Views: plotly figures, notebook tables and the one-file report. They draw and compute nothing."""
+
+from tl_modules.viz.figure import Figure
+from tl_modules.viz.html import module_html, modules_html
+from tl_modules.viz.panels import category_mix, heat_map, history, layer_profile, overview
+from tl_modules.viz.report import write_report
+
+__all__ = [
+    "Figure",
+    "category_mix",
+    "heat_map",
+    "history",
+    "layer_profile",
+    "module_html",
+    "modules_html",
+    "overview",
+    "write_report",
+]

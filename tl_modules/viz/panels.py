@@ -1,0 +1,276 @@
+"""Figures of a decomposition, a row a module: heat map, layers, categories; and the objective's history."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from tl_modules.modules import Modules
+from tl_modules.viz.figure import Figure
+
+TEXT = "#808080"
+"""Grey that reads on white and on black; in the report the page's own colour replaces it."""
+
+PALETTE = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#ff9da7", "#9c755f")
+"""One colour a category, in the order of the table's columns; repeats after the ninth."""
+
+_GRID = "rgba(128,128,128,0.25)"
+_SHARES = [[0.0, "rgba(62,126,190,0.05)"], [1.0, "rgba(62,126,190,1)"]]
+"""From nearly transparent to blue, so that it works on any background."""
+
+_ROW = 26
+_MARGIN = {"l": 10, "r": 20, "t": 50, "b": 118}
+"""Pixels; under the rows come the axis and the colour bars, and below them the legend."""
+
+_LEGEND_ROW = 23
+_LEGEND_WIDTH = 95
+"""Characters that fit beside each other in the legend, where a colour counts as seven."""
+
+_LEAST_ROWS = 5
+_LONGEST_NAME = 30
+
+
+def heat_map(modules: Modules) -> Figure:
+    """Mean z-score of each module's samples (rows) over each module's units (columns).
+
+    Red is negative, blue positive, white zero, as in TransformerLens' own figures.
+    """
+    figure = _figure(modules)
+    figure.add_trace(_heat_trace(modules, _bar_below(modules, 0.5, 0.9)))
+    figure.update_xaxes(title="units of module", type="category")
+    return _with_rows(figure, modules)
+
+
+def layer_profile(modules: Modules) -> Figure:
+    """Share of each module's units (rows) that lie in each layer (columns)."""
+    figure = _figure(modules)
+    figure.add_trace(_layer_trace(modules, _bar_below(modules, 0.5, 0.9)))
+    figure.update_xaxes(title="layer")
+    return _with_rows(figure, modules)
+
+
+def category_mix(modules: Modules) -> Figure:
+    """Share of each module's samples (rows) in each category, as stacked bars.
+
+    Without categories the figure says so and is otherwise empty.
+    """
+    figure = _figure(modules)
+    traces = _category_traces(modules)
+    figure.add_traces(traces)
+    figure.update_layout(barmode="stack", legend=_legend_below())
+    figure.update_xaxes(title="share of the module's samples", tickformat=".0%", range=[0, 1])
+    return _with_rows(figure, modules) if traces else _empty(figure, "No categories are known.")
+
+
+def overview(modules: Modules) -> Figure:
+    """Heat map, layer profile and, where categories are known, category mix side by side."""
+    categories = _category_traces(modules)
+    widths = [0.36, 0.34, 0.30] if categories else [0.5, 0.5]
+    titles = ["Mean activation (z)", "Where the units lie", "What the samples are"][: len(widths)]
+    figure = make_subplots(
+        rows=1,
+        cols=len(widths),
+        shared_yaxes=True,
+        column_widths=widths,
+        horizontal_spacing=0.03,
+        subplot_titles=titles,
+        figure=_figure(modules),
+    )
+    first, second = (figure.layout[axis].domain for axis in ("xaxis", "xaxis2"))
+    figure.add_trace(_heat_trace(modules, _bar_below(modules, *_span(first))), row=1, col=1)
+    figure.add_trace(_layer_trace(modules, _bar_below(modules, *_span(second))), row=1, col=2)
+    figure.update_xaxes(title="units of module", type="category", row=1, col=1)
+    figure.update_xaxes(title="layer", row=1, col=2)
+    if categories:
+        figure.add_traces(categories, rows=1, cols=3)
+        figure.update_xaxes(title="share of samples", tickformat=".0%", range=[0, 1], row=1, col=3)
+        figure.update_layout(barmode="stack", legend=_legend_below())
+    return _with_rows(figure, modules)
+
+
+def history(modules: Modules) -> Figure:
+    """The objective L by iteration. For a method that keeps no history the figure says so."""
+    table = modules.history
+    figure = _figure(modules)
+    figure.update_layout(height=330, margin={**_MARGIN, "b": 50})
+    if table.empty:
+        return _empty(figure, "This method keeps no history.")
+    told = [name for name in table.columns if name not in ("iteration", "L")]
+    lines = [
+        "<br>".join(f"{name.replace('_', ' ')}: {html.escape(str(row[name]))}" for name in told)
+        for row in table.to_dict("records")
+    ]
+    figure.add_trace(
+        go.Scatter(
+            x=table["iteration"],
+            y=table["L"],
+            mode="lines+markers",
+            line={"color": PALETTE[0]},
+            text=lines,
+            hovertemplate="iteration %{x}<br>L = %{y:.6g}<br>%{text}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="iteration", gridcolor=_GRID, zeroline=False)
+    figure.update_yaxes(title="objective L", gridcolor=_GRID, zeroline=False, automargin=True)
+    return figure
+
+
+def row_names(modules: Modules) -> list[str]:
+    """What stands beside each row: number and name, cut to 30 characters and escaped for plotly."""
+    return [html.escape(f"{k}  {_short(name)}", quote=False) for k, name in enumerate(modules.names)]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1].rstrip(" ·") + "…"
+
+
+def _hover_names(modules: Modules) -> list[str]:
+    """Number and words of each module for hover text, escaped."""
+    words = [", ".join(ranked) for ranked in modules.words()]
+    return [html.escape(f"module {k} ({line})" if line else f"module {k}") for k, line in enumerate(words)]
+
+
+def _figure(modules: Modules) -> Figure:
+    return Figure(
+        layout={
+            "template": "none",
+            "height": _height(modules),
+            "margin": {**_MARGIN, "b": _MARGIN["b"] + _legend_height(modules)},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"family": "system-ui, sans-serif", "size": 13, "color": TEXT},
+            "hoverlabel": {"align": "left", "font": {"size": 13}},
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": TEXT, "activecolor": PALETTE[0]},
+        }
+    )
+
+
+def _height(modules: Modules) -> int:
+    rows = _ROW * max(_LEAST_ROWS, modules.n_modules)
+    return _MARGIN["t"] + rows + _MARGIN["b"] + _legend_height(modules)
+
+
+def _legend_height(modules: Modules) -> int:
+    """Pixels of a legend that names the categories: as many rows as equally wide entries need."""
+    mix = modules.category_mix()
+    if mix is None:
+        return 0
+    widest = 7 + max(len(_short(str(name))) for name in mix.columns)
+    return 15 + _LEGEND_ROW * math.ceil(len(mix.columns) / max(1, _LEGEND_WIDTH // widest))
+
+
+def _with_rows(figure: Figure, modules: Modules) -> Figure:
+    """Number and name at the left of each row, module 0 on top."""
+    figure.update_yaxes(
+        autorange="reversed", ticks="", showgrid=False, zeroline=False, automargin=True, type="linear"
+    )
+    figure.update_xaxes(showgrid=False, zeroline=False, ticks="", title={"standoff": 6})
+    names = row_names(modules)
+    figure.update_layout(yaxis={"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": names})
+    return figure
+
+
+def _heat_trace(modules: Modules, bar: dict[str, Any]) -> go.Heatmap:
+    names = _hover_names(modules)
+    hover = [[f"samples of {row}<br>units of {column}" for column in names] for row in names]
+    return go.Heatmap(
+        z=modules.heat_map,
+        x=[str(k) for k in range(modules.n_modules)],
+        y=list(range(modules.n_modules)),
+        text=hover,
+        hovertemplate="%{text}<br>mean z = %{z:.3f}<extra></extra>",
+        colorscale="RdBu",
+        zmid=0.0,
+        xgap=1,
+        ygap=1,
+        colorbar={**bar, "title": {"text": "mean z: red −, blue +", "side": "bottom"}},
+    )
+
+
+def _layer_trace(modules: Modules, bar: dict[str, Any]) -> go.Heatmap:
+    counts, shares = modules.layer_profile(), modules.layer_profile("module")
+    names = _hover_names(modules)
+    hover = [
+        [f"{name}<br>{n:,} units" for n in row] for name, row in zip(names, counts.to_numpy(), strict=True)
+    ]
+    return go.Heatmap(
+        z=shares.to_numpy(),
+        x=list(shares.columns),
+        y=list(range(modules.n_modules)),
+        text=hover,
+        hovertemplate="layer %{x}<br>%{text}, %{z:.1%} of the module<extra></extra>",
+        colorscale=_SHARES,
+        zmin=0.0,
+        xgap=1,
+        ygap=1,
+        colorbar={
+            **bar,
+            "tickformat": ".0%",
+            "title": {"text": "share of the module's units", "side": "bottom"},
+        },
+    )
+
+
+def _category_traces(modules: Modules) -> list[go.Bar]:
+    """One bar trace a category; none where no category is known."""
+    counts, shares = modules.category_mix(), modules.category_mix("module")
+    if counts is None or shares is None:
+        return []
+    names = _hover_names(modules)
+    return [
+        go.Bar(
+            x=shares[category].to_numpy(),
+            y=list(range(modules.n_modules)),
+            orientation="h",
+            width=0.8,
+            name=html.escape(_short(str(category)), quote=False),
+            marker={"color": PALETTE[i % len(PALETTE)], "line": {"width": 0}},
+            customdata=_hover_rows(names, counts[category]),
+            hovertemplate="%{customdata[0]}<br>%{fullData.name}: %{customdata[1]} samples, "
+            "%{x:.1%}<extra></extra>",
+        )
+        for i, category in enumerate(shares.columns)
+    ]
+
+
+def _hover_rows(names: Sequence[str], counts: pd.Series) -> list[list[str]]:
+    return [[name, f"{n:,}"] for name, n in zip(names, counts, strict=True)]
+
+
+def _bar_below(modules: Modules, centre: float, length: float) -> dict[str, Any]:
+    """Place and shape of a horizontal colour bar under a panel."""
+    return {
+        "orientation": "h",
+        "x": centre,
+        "xanchor": "center",
+        "yref": "container",
+        "y": (2 + _legend_height(modules)) / _height(modules),
+        "yanchor": "bottom",
+        "ypad": 0,
+        "len": length,
+        "thickness": 10,
+        "outlinewidth": 0,
+    }
+
+
+def _legend_below() -> dict[str, Any]:
+    place = {"x": 0.5, "xanchor": "center", "yref": "container", "y": 0.0, "yanchor": "bottom"}
+    return {**place, "orientation": "h", "traceorder": "normal", "itemwidth": 30}
+
+
+def _span(domain: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(domain)), 0.9 * (domain[1] - domain[0])
+
+
+def _empty(figure: Figure, why: str) -> Figure:
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.add_annotation(text=why, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper")
+    return figure

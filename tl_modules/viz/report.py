@@ -1,0 +1,101 @@
+"""One HTML file about a decomposition that opens offline in any browser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tl_modules import _store
+from tl_modules._checks import check_integer, refuse
+from tl_modules._version import __version__
+from tl_modules.modules import Modules
+from tl_modules.viz.figure import div, library
+from tl_modules.viz.html import card, render, style, summary_context
+from tl_modules.viz.panels import history, overview
+
+PAPER = "https://arxiv.org/abs/2603.17823"
+"""The paper of the method; the report's only link to the outside."""
+
+
+def write_report(
+    modules: Modules,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    n_exemplars: int = 5,
+    n_units: int = 12,
+) -> Path:
+    """Write one HTML file: headline, summary table, figures and a card for each module.
+
+    Everything is inside the file (5 MB, nearly all of it plotly.js), so that it opens without network and can
+    be mailed. It follows the reader's light or dark setting and the width of the window.
+
+    Args:
+        modules: the decomposition.
+        path: where the file goes; its folder must exist. An older file is replaced, whole or not at all.
+        title: headline; by default made from the model's name.
+        n_exemplars: prompts on each card.
+        n_units: units on each card.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: there is no such folder, or a number is below 1.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        refuse("path", got=str(path), want="a file name in a folder that exists")
+    check_integer("n_exemplars", n_exemplars, least=1)
+    check_integer("n_units", n_units, least=1)
+    facts = headline(modules)
+    page = render(
+        "report.html.j2",
+        title=title or f"The functional modules of {facts['model'] or 'a language model'}",
+        facts=facts,
+        settings=_flat(modules.source),
+        cards=[card(module, n_exemplars=n_exemplars, n_units=n_units) for module in modules],
+        overview=div(overview(modules)),
+        history="" if modules.history.empty else div(history(modules)),
+        library=library(),
+        style=style(),
+        paper=PAPER,
+        version=modules.source.get("tl_modules", __version__),
+        **summary_context(modules),
+    )
+    with _store.aside(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        temporary.chmod(0o644)
+    return path
+
+
+def headline(modules: Modules) -> dict[str, str]:
+    """What was decomposed and how: words for the top of the page, empty where the source does not say."""
+    source = modules.source
+    activations, settings = source.get("activations", {}), source.get("settings", {})
+    return {
+        "model": _name(activations.get("model")),
+        "basis": _name(activations.get("basis")),
+        "value": _name(activations.get("reduce")),
+        "method": _name(source.get("method")),
+        "seed": _name(settings.get("random_state")),
+    }
+
+
+def _name(fact: Any) -> str:
+    """A fact as a word: of a table of facts its name or kind."""
+    if isinstance(fact, Mapping):
+        fact = fact.get("name", fact.get("kind"))
+    return "" if fact is None else str(fact)
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested facts as one list of "outer.inner" and value."""
+    flat: dict[str, str] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = str(value)
+    return flat
