@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,6 @@ import pytest
 import tiny_models
 import torch
 
-from tl_modules import collect as collect_module
 from tl_modules._checks import FileFormatError, HookError, InputError, UnsupportedModelError
 from tl_modules.activations import UnitActivations
 from tl_modules.bases import NeuronBasis
@@ -26,6 +26,8 @@ from tl_modules.prompts import read_prompts
 from tl_modules.reductions import REDUCTIONS
 from tl_modules.tokens import TokenSettings, tokenize
 
+# `tl_modules.collect` as an attribute is the function.
+collect_module = importlib.import_module("tl_modules.collect")
 TEXTS = ["abc", "a rather longer prompt about nothing", "x", "abc", "two words", "Abc?"]
 WAYS = {
     "plain": {},

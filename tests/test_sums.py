@@ -44,7 +44,7 @@ def test_tables_and_their_corrections(home, left_out):
     if left_out:
         units[rng.random(X.shape[1]) < 0.2] = -1
     view = module_sums(HOMES[home](X), stats)
-    by_unit, by_sample = view.tables(samples, units, K)
+    by_unit, by_sample = view.unit_table(samples, K), view.sample_table(units, K)
     for got, expected in zip((by_unit, by_sample), plain_tables(Z, samples, units, K), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9)
 

@@ -29,46 +29,47 @@ def threads_for(n_cells: int) -> Iterator[None]:
 
 
 @njit(cache=True, parallel=True)
-def dense_tables(X, mean, weight, sample_labels, unit_labels, n_modules):  # type: ignore[no-untyped-def]
-    """Both sum tables in one pass over X.
-
-    Returns unit_sums [unit, module] (over each module's samples) and sample_sums [sample, module] (over
-    each module's units).
-    """
+def dense_unit_table(X, mean, weight, sample_labels, n_modules):  # type: ignore[no-untyped-def]
+    """Sums of each unit over each module's samples, [unit, module]."""
     n_samples, n_units = X.shape
-    n_blocks = (n_units + _COLUMNS_AT_A_TIME - 1) // _COLUMNS_AT_A_TIME
+    counts = np.bincount(sample_labels, minlength=n_modules)
     unit_sums = np.empty((n_units, n_modules))
-    partial = np.zeros((n_blocks, n_samples, n_modules))
-    counts = np.zeros(n_modules)
-    for i in range(n_samples):
-        counts[sample_labels[i]] += 1
-    for block in prange(n_blocks):
+    for block in prange((n_units + _COLUMNS_AT_A_TIME - 1) // _COLUMNS_AT_A_TIME):
         start = block * _COLUMNS_AT_A_TIME
         stop = min(n_units, start + _COLUMNS_AT_A_TIME)
         by_module = np.zeros((n_modules, stop - start))
-        labels = unit_labels[start:stop]
-        left_out = labels.min() < 0
-        block_weight = weight[start:stop]
         for i in range(n_samples):
             row = X[i, start:stop]
             sums = by_module[sample_labels[i]]
-            own = partial[block, i]
             for j in range(stop - start):
                 sums[j] += row[j]
-            if left_out:
-                for j in range(stop - start):
-                    if labels[j] >= 0:
-                        own[labels[j]] += row[j] * block_weight[j]
-            else:
-                for j in range(stop - start):
-                    own[labels[j]] += row[j] * block_weight[j]
         for j in range(stop - start):
             for k in range(n_modules):
                 centred = by_module[k, j] - counts[k] * mean[start + j]
-                unit_sums[start + j, k] = centred * block_weight[j]
-    sample_sums = partial.sum(axis=0)
+                unit_sums[start + j, k] = centred * weight[start + j]
+    return unit_sums
+
+
+@njit(cache=True, parallel=True)
+def dense_sample_table(X, mean, weight, unit_labels, n_modules):  # type: ignore[no-untyped-def]
+    """Sums of each sample over each module's units, [sample, module]."""
+    n_samples, n_units = X.shape
+    sample_sums = np.empty((n_samples, n_modules))
+    slots = np.where(unit_labels < 0, n_modules, unit_labels)
+    even = n_units - n_units % 2
+    for i in prange(n_samples):
+        row = X[i]
+        # Two sums in turn: neighbours with one label would wait for each other.
+        first, second = np.zeros(n_modules + 1), np.zeros(n_modules + 1)
+        for j in range(0, even, 2):
+            first[slots[j]] += row[j] * weight[j]
+            second[slots[j + 1]] += row[j + 1] * weight[j + 1]
+        for j in range(even, n_units):
+            first[slots[j]] += row[j] * weight[j]
+        for k in range(n_modules):
+            sample_sums[i, k] = first[k] + second[k]
     _subtract_means(sample_sums, mean, weight, unit_labels)
-    return unit_sums, sample_sums
+    return sample_sums
 
 
 @njit(cache=True, parallel=True)
@@ -138,25 +139,32 @@ def dense_move_samples(X, mean, weight, unit_sums, moved, old, new):  # type: ig
 
 
 @njit(cache=True)
-def csr_tables(X, mean, weight, sample_labels, unit_labels, n_modules):  # type: ignore[no-untyped-def]
-    """As `dense_tables`, for X = (data, indices, indptr); zeros are never visited."""
+def csr_unit_table(X, mean, weight, sample_labels, n_modules):  # type: ignore[no-untyped-def]
+    """As `dense_unit_table`, for X = (data, indices, indptr); zeros are never visited."""
     data, indices, indptr = X
-    n_samples, n_units = len(indptr) - 1, len(mean)
-    unit_sums = np.zeros((n_units, n_modules))
-    sample_sums = np.zeros((n_samples, n_modules))
-    counts = np.zeros(n_modules)
-    for i in range(n_samples):
-        counts[sample_labels[i]] += 1
+    counts = np.bincount(sample_labels, minlength=n_modules)
+    unit_sums = np.zeros((len(mean), n_modules))
+    for i in range(len(indptr) - 1):
         for p in range(indptr[i], indptr[i + 1]):
-            j = indices[p]
-            unit_sums[j, sample_labels[i]] += data[p]
-            if unit_labels[j] >= 0:
-                sample_sums[i, unit_labels[j]] += data[p] * weight[j]
-    for j in range(n_units):
+            unit_sums[indices[p], sample_labels[i]] += data[p]
+    for j in range(len(mean)):
         for k in range(n_modules):
             unit_sums[j, k] = (unit_sums[j, k] - counts[k] * mean[j]) * weight[j]
+    return unit_sums
+
+
+@njit(cache=True)
+def csr_sample_table(X, mean, weight, unit_labels, n_modules):  # type: ignore[no-untyped-def]
+    """As `dense_sample_table`, for CSR."""
+    data, indices, indptr = X
+    sample_sums = np.zeros((len(indptr) - 1, n_modules))
+    for i in range(len(indptr) - 1):
+        for p in range(indptr[i], indptr[i + 1]):
+            j = indices[p]
+            if unit_labels[j] >= 0:
+                sample_sums[i, unit_labels[j]] += data[p] * weight[j]
     _subtract_means(sample_sums, mean, weight, unit_labels)
-    return unit_sums, sample_sums
+    return sample_sums
 
 
 @njit(cache=True)

@@ -26,12 +26,12 @@ ShareOf = Literal["module", "layer", "category"] | None
 def statistics(
     X: Any, sample_labels: np.ndarray, unit_labels: np.ndarray, n_modules: int, standardization: Any
 ) -> dict[str, Any]:
-    """Heat map, sample scores and unit strengths from one pass over X."""
+    """Heat map, sample scores and unit strengths from two passes over X."""
     # Samples that were left out get a module of their own, which is then cut off.
     kept = np.where(sample_labels >= 0, sample_labels, n_modules)
     view = module_sums(X, Standardization(*standardization))
-    unit_sums, sample_sums = view.tables(kept, unit_labels, n_modules + 1)
-    unit_sums, sample_sums = unit_sums[:, :n_modules], sample_sums[:, :n_modules]
+    unit_sums = view.unit_table(kept, n_modules + 1)[:, :n_modules]
+    sample_sums = view.sample_table(unit_labels, n_modules)
     rows, columns = module_counts(sample_labels, n_modules), module_counts(unit_labels, n_modules)
     return {
         "heat_map": block_means(one_hot(sample_labels, n_modules).T @ sample_sums, rows, columns),

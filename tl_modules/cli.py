@@ -107,7 +107,9 @@ def collect_command(
     out: Annotated[Path, typer.Argument(help="Folder for the activations; a killed run resumes there.")],
     basis: Annotated[str, typer.Option(help="What a unit is.")] = "neurons",
     reduce: Annotated[str, typer.Option(help="mean_abs, max_abs, mean or active.")] = "mean_abs",
-    chat: Annotated[bool, typer.Option(help="Put each prompt into the model's chat template.")] = False,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Put each prompt into the model's chat template.")
+    ] = None,
     exclude_special: Annotated[bool, typer.Option(help="Leave special tokens out of the reduction.")] = True,
     max_length: Annotated[int | None, typer.Option(help="Cut prompts to so many tokens.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Positions in a batch.")] = None,

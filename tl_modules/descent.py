@@ -94,7 +94,8 @@ class _State:
         self.samples, self.units = (labels.astype(np.int64) for labels in start)
         self.sample_counts = np.bincount(self.samples, minlength=n_modules)
         self.unit_counts = np.bincount(self.units[self.units >= 0], minlength=n_modules)
-        self.unit_sums, self.sample_sums = view.tables(self.samples, self.units, n_modules)
+        self.unit_sums = view.unit_table(self.samples, n_modules)
+        self.sample_sums = view.sample_table(self.units, n_modules)
 
     def iterate(self, tol: float) -> Step:
         units_moved, _ = self._sweep_units(tol)
@@ -109,7 +110,7 @@ class _State:
         _, L = sweep(self.unit_sums, self.units, self.unit_counts, self.sample_counts, items, tol)
         moved = np.flatnonzero(before != self.units)
         if len(moved) > _RE_READ_SHARE * len(before):
-            _, self.sample_sums = self.view.tables(self.samples, self.units, self.n_modules)
+            self.sample_sums = self.view.sample_table(self.units, self.n_modules)
         elif len(moved):
             self.view.move_units(self.sample_sums, moved, before[moved], self.units[moved])
         return len(moved), float(L)
@@ -122,7 +123,7 @@ class _State:
         _, L = sweep(self.sample_sums, self.samples, self.sample_counts, self.unit_counts, items, tol)
         moved = np.flatnonzero(before != self.samples)
         if len(moved) > _RE_READ_SHARE * len(before):
-            self.unit_sums, _ = self.view.tables(self.samples, self.units, self.n_modules)
+            self.unit_sums = self.view.unit_table(self.samples, self.n_modules)
         elif len(moved):
             self.view.move_samples(self.unit_sums, moved, before[moved], self.samples[moved])
         return len(moved), float(L)

@@ -17,8 +17,8 @@ from jaxtyping import Int
 from tl_modules._checks import check_choice, check_integer, refuse
 from tl_modules.descent import Descent
 from tl_modules.estimator import Matrix, ModuleEstimator, empty_history
-from tl_modules.search import FULL_KICK_SHARE, Effort, Field, kicked, search
-from tl_modules.starts import constrained_labels
+from tl_modules.search import FULL_KICK_SHARE, RANK, Effort, Field, fields, kicked, search
+from tl_modules.starts import constrained_labels, principal_scores
 from tl_modules.sums import ModuleSums, SampleLabels, UnitLabels, module_sums
 
 STARTS = ("balanced", "balanced_kmeans", "random")
@@ -128,10 +128,10 @@ class IterD(ModuleEstimator):
         deadline = np.inf if self.time_budget is None else time.monotonic() + self.time_budget
         with tqdm(total=self._n_steps(), desc="IterD", unit="step", disable=not self.verbose) as bar:
             effort = Effort(self.n_init, self.n_kicks, self.max_iter, self.tol, deadline, bar.update)
-            field = Field.of(view, live, n_modules, rng)
+            whole, sampled = fields(view, live, n_modules, rng)
             if isinstance(self.init, str) and self.init == "balanced":
-                return search(field, effort)
-            return self._one_start(field, effort)
+                return search(whole, sampled, effort)
+            return self._one_start(whole, effort)
 
     def _one_start(self, field: Field, effort: Effort) -> list[Descent]:
         samples, units = self._labels_to_start_from(field)
@@ -151,7 +151,8 @@ class IterD(ModuleEstimator):
         if self.init == "random":
             return field.rng.permutation(np.arange(n_samples) % field.n_modules), None
         seed = int(field.rng.integers(2**31))
-        return constrained_labels(field.scores, field.n_modules, seed), None
+        scores = principal_scores(field.view, RANK, field.rng)
+        return constrained_labels(scores, field.n_modules, seed), None
 
     def _n_steps(self) -> int:
         if isinstance(self.init, str) and self.init == "balanced":

@@ -58,21 +58,6 @@ class Field:
     whole: bool = True
     """False for a sample of the columns, on which a rough optimum is enough."""
 
-    @classmethod
-    def of(
-        cls, view: ModuleSums, live: Int[np.ndarray, " live"], n_modules: int, rng: np.random.Generator
-    ) -> Field:
-        """The field of a whole matrix."""
-        return cls(view, live, principal_scores(view, RANK, rng), n_modules, rng)
-
-    def sampled(self) -> Field:
-        """The same samples over a random tenth of the live columns; itself if there are few columns."""
-        size = max(_FEWEST_COLUMNS, int(_COLUMN_SHARE * len(self.live)))
-        if size >= len(self.live):
-            return self
-        columns = np.sort(self.rng.choice(self.live, size, replace=False))
-        return replace(self, view=self.view.columns(columns), live=np.arange(size), whole=False)
-
     def descend(self, sample_labels: SampleLabels, effort: Effort, least_gain: float = 0.0) -> Descent:
         """Descend from sample labels; the units follow from them."""
         units = following_units(self.view, sample_labels, self.n_modules, self.live)
@@ -94,9 +79,24 @@ class Field:
         )
 
 
-def search(field: Field, effort: Effort) -> list[Descent]:
+def fields(
+    view: ModuleSums, live: Int[np.ndarray, " live"], n_modules: int, rng: np.random.Generator
+) -> tuple[Field, Field]:
+    """The whole matrix, and a random tenth of its live columns (the whole if there are few).
+
+    Both carry the principal scores of the sampled columns: they only serve to make starts.
+    """
+    size = max(_FEWEST_COLUMNS, int(_COLUMN_SHARE * len(live)))
+    if size >= len(live):
+        whole = Field(view, live, principal_scores(view, RANK, rng), n_modules, rng)
+        return whole, whole
+    part = view.columns(np.sort(rng.choice(live, size, replace=False)))
+    sampled = Field(part, np.arange(size), principal_scores(part, RANK, rng), n_modules, rng, whole=False)
+    return replace(sampled, view=view, live=live, whole=True), sampled
+
+
+def search(field: Field, sampled: Field, effort: Effort) -> list[Descent]:
     """Explore, refine and kick; the accepted descents on the whole matrix, the best last."""
-    sampled = field.sampled()
     chain, others = explore(sampled, effort)
     if sampled.whole:
         return chain

@@ -98,9 +98,9 @@ def following_units(view: ModuleSums, sample_labels: SampleLabels, n_modules: in
     No module stays empty: one without units takes the unit that it would miss least elsewhere.
     """
     n_units = view.shape[1]
-    unit_sums, _ = view.tables(sample_labels, np.zeros(n_units, dtype=np.int64), n_modules)
-    counts = np.bincount(sample_labels, minlength=n_modules)
-    means = unit_sums[live] / np.maximum(counts, 1)
+    means = view.unit_table(sample_labels, n_modules)
+    means /= np.maximum(np.bincount(sample_labels, minlength=n_modules), 1)
+    means = means if len(live) == n_units else means[live]
     labels = np.full(n_units, -1)
     labels[live] = fill_empty(means.argmax(axis=1), means)
     return labels

@@ -34,8 +34,12 @@ class ModuleSums(ABC):
         self.weight = 1.0 / np.asarray(standardization.scale, dtype=np.float64)
 
     @abstractmethod
-    def tables(self, samples: SampleLabels, units: UnitLabels, n_modules: int) -> tuple[UnitSums, SampleSums]:
-        """Sums of each unit over the modules' samples, and of each sample over the modules' units."""
+    def unit_table(self, samples: SampleLabels, n_modules: int) -> UnitSums:
+        """Sums of each unit over the modules' samples."""
+
+    @abstractmethod
+    def sample_table(self, units: UnitLabels, n_modules: int) -> SampleSums:
+        """Sums of each sample over the modules' units; a label below 0 leaves its unit out."""
 
     @abstractmethod
     def move_units(self, table: SampleSums, moved: Moved, old: Moved, new: Moved) -> None:
@@ -77,9 +81,12 @@ class _CompiledSums(ModuleSums):
     _kind: str
 
     @override
-    def tables(self, samples: SampleLabels, units: UnitLabels, n_modules: int) -> tuple[UnitSums, SampleSums]:
-        result: tuple[UnitSums, SampleSums] = self._run("tables", samples, units, n_modules)
-        return result
+    def unit_table(self, samples: SampleLabels, n_modules: int) -> UnitSums:
+        return self._run("unit_table", samples, n_modules)
+
+    @override
+    def sample_table(self, units: UnitLabels, n_modules: int) -> SampleSums:
+        return self._run("sample_table", units, n_modules)
 
     @override
     def move_units(self, table: SampleSums, moved: Moved, old: Moved, new: Moved) -> None:
@@ -129,9 +136,12 @@ class TorchSums(ModuleSums):
     """A torch tensor on any device: sums there in float64, small tables come back to numpy."""
 
     @override
-    def tables(self, samples: SampleLabels, units: UnitLabels, n_modules: int) -> tuple[UnitSums, SampleSums]:
-        unit_sums = self.transposed_times(one_hot(samples, n_modules))
-        return unit_sums, self.times(one_hot(units, n_modules))
+    def unit_table(self, samples: SampleLabels, n_modules: int) -> UnitSums:
+        return self.transposed_times(one_hot(samples, n_modules))
+
+    @override
+    def sample_table(self, units: UnitLabels, n_modules: int) -> SampleSums:
+        return self.times(one_hot(units, n_modules))
 
     @override
     def move_units(self, table: SampleSums, moved: Moved, old: Moved, new: Moved) -> None:
@@ -184,8 +194,7 @@ def module_sums(X: Any, standardization: Standardization | None = None) -> Modul
 
     Example:
         >>> X = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-        >>> units, samples = module_sums(X).tables(np.array([0, 1]), np.array([0, 0, 1]), 2)
-        >>> samples
+        >>> module_sums(X).sample_table(np.array([0, 0, 1]), 2)
         array([[3., 3.],
                [9., 6.]])
     """
@@ -208,8 +217,7 @@ def module_means(
     """
     view = module_sums(X, standardization)
     counts = np.bincount(unit_labels[unit_labels >= 0], minlength=n_modules)
-    nowhere = np.zeros(X.shape[0], dtype=np.int64)
-    _, sums = view.tables(nowhere, unit_labels, n_modules)
+    sums = view.sample_table(unit_labels, n_modules)
     return np.where(counts > 0, sums / np.maximum(counts, 1), 0.0)
 
 
@@ -221,5 +229,5 @@ def block_sums(
     standardization: Standardization | None = None,
 ) -> Float[np.ndarray, "module module"]:
     """Sum of z-scores over the samples of module i (rows) and the units of module j (columns)."""
-    _, sums = module_sums(X, standardization).tables(sample_labels, unit_labels, n_modules)
+    sums = module_sums(X, standardization).sample_table(unit_labels, n_modules)
     return one_hot(sample_labels, n_modules).T @ sums
