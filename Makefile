@@ -37,7 +37,7 @@ $(VENV)/dev.done: $(VENV)/demo.done
 	touch $@
 
 # transformer-lens 4 and sae-lens exclude each other, so that the package goes in without its dependencies.
-TL4_TESTS := tests/test_host.py tests/test_bases.py tests/test_prefix.py tests/test_collect.py \
+TL4_TESTS := tests/test_host.py tests/test_bases.py tests/test_prefix.py tests/test_collection.py \
 	tests/test_prompts.py tests/test_activations.py tests/test_demo.py tests/test_cli.py tests/test_planted.py
 TL4_PACKAGES := 'transformer-lens>=4.3,<5' numpy scipy scikit-learn numba pandas pyarrow safetensors plotly \
 	jinja2 networkx tqdm typer jaxtyping einops gguf datasets pytest hypothesis beartype

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tl_modules.collect import collect
+from tl_modules.collection import collect
 from tl_modules.demo import _weights_file, load_demo_model, load_demo_prompts
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}

@@ -96,7 +96,7 @@ def test_collect_hands_its_options_on(run, planted, monkeypatch):
         seen.update(settings, model=model, basis=basis, n=len(prompts))
         return "activations"
 
-    monkeypatch.setattr("tl_modules.collect.collect", spy)
+    monkeypatch.setattr("tl_modules.collection.collect", spy)
     (planted.prompts[["text"]]).to_json("p.jsonl", orient="records", lines=True)
     options = ["--reduce", "max_abs", "--chat", "--no-exclude-special", "--max-length", 9]
     result = run("collect", "demo", "p.jsonl", "o", *options, "--batch-tokens", 64, "--parity", "paper")

@@ -17,7 +17,7 @@ ROOMS = [
     *("_version", "_checks", "_kernels", "objective", "standardize", "sums"),
     *("_weights", "_hooks", "host", "prefix", "bases"),
     *("_store", "activations"),
-    *("prompts", "tokens", "reductions", "batches", "_rows", "collect"),
+    *("prompts", "tokens", "reductions", "batches", "_rows", "collection"),
     *("descent", "starts", "search", "estimator", "iterd", "baselines", "methods"),
     *("words", "_module_facts", "_modules_io", "modules", "find", "evaluate"),
     *("viz.figure", "viz.panels", "viz.html", "viz.report", "viz"),
@@ -113,6 +113,11 @@ def test_public_names_load_and_are_documented(name):
     for member, attribute in vars(value).items() if inspect.isclass(value) else ():
         if inspect.isfunction(attribute) and not member.startswith("_"):
             assert inspect.getdoc(getattr(value, member)), f"{name}.{member}"
+
+
+def test_no_public_name_is_also_a_file():
+    """`from tl_modules.x import y` sets the attribute x of the package: it must not hide a function x."""
+    assert not set(tl_modules.__all__) & {name.partition(".")[0] for name in ROOMS}
 
 
 @pytest.mark.parametrize("name", [name for name in ROOMS if name != "__main__"])

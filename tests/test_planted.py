@@ -7,7 +7,7 @@ import planted
 import pytest
 import tiny_models
 
-from tl_modules.collect import collect
+from tl_modules.collection import collect
 
 MODELS = {"bridge": planted.planted_bridge} | (
     {"hooked": planted.planted_hooked} if tiny_models.has_hooked_transformer() else {}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tl_modules.activations import UnitActivations
     from tl_modules.baselines import BASELINES
     from tl_modules.bases import Basis, NeuronBasis
-    from tl_modules.collect import collect
+    from tl_modules.collection import collect
     from tl_modules.demo import load_demo_model, load_demo_prompts
     from tl_modules.evaluate import compare_methods, predict_categories, stability
     from tl_modules.find import find_modules
@@ -32,7 +32,7 @@ _ROOM_OF = {
     "NeuronBasis": "bases",
     "TLModulesError": "_checks",
     "UnitActivations": "activations",
-    "collect": "collect",
+    "collect": "collection",
     "compare_methods": "evaluate",
     "find_modules": "find",
     "load_demo_model": "demo",

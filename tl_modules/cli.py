@@ -81,7 +81,7 @@ def demo(
     kind: Kind = "hooked",
 ) -> None:
     """Find the modules of SmolLM2-135M over the demo prompts and write a report."""
-    from tl_modules.collect import collect
+    from tl_modules.collection import collect
     from tl_modules.demo import load_demo_model, load_demo_prompts
     from tl_modules.find import find_modules
 
@@ -117,7 +117,7 @@ def collect_command(
     kind: Kind = "bridge",
 ) -> None:
     """Run prompts through a model and store one value per prompt and unit."""
-    from tl_modules.collect import collect
+    from tl_modules.collection import collect
     from tl_modules.prompt_files import read_prompts
 
     check_choice("--kind", kind, KINDS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import signal
 import subprocess
@@ -17,17 +16,16 @@ import pytest
 import tiny_models
 import torch
 
+from tl_modules import collection as collect_module
 from tl_modules._checks import FileFormatError, HookError, InputError, UnsupportedModelError
 from tl_modules.activations import UnitActivations
 from tl_modules.bases import NeuronBasis
 from tl_modules.batches import different, plan
-from tl_modules.collect import collect
+from tl_modules.collection import collect
 from tl_modules.prompts import read_prompts
 from tl_modules.reductions import REDUCTIONS
 from tl_modules.tokens import TokenSettings, tokenize
 
-# `tl_modules.collect` as an attribute is the function.
-collect_module = importlib.import_module("tl_modules.collect")
 TEXTS = ["abc", "a rather longer prompt about nothing", "x", "abc", "two words", "Abc?"]
 WAYS = {
     "plain": {},
@@ -473,7 +471,7 @@ sys.path[:0] = [{tests!r}, {root!r}]
 os.environ["HF_HUB_OFFLINE"] = "1"
 import tiny_models, torch
 from tl_modules.bases import NeuronBasis
-from tl_modules.collect import collect
+from tl_modules.collection import collect
 torch.set_num_threads(1)
 class Slow(NeuronBasis):
     def values(self, hook_name, activation):
