@@ -243,6 +243,15 @@ def test_every_damaged_part_is_refused_by_name(tmp_path, layout, damage):
             UnitActivations.load(tmp_path / f"hurt-{name}")
 
 
+@pytest.mark.parametrize("damage", [_truncate, lambda path: path.write_bytes(path.read_bytes() + b"more")])
+def test_sizes_are_compared_even_without_reading_the_contents(tmp_path, damage):
+    make().save(tmp_path / "a")
+    UnitActivations.load(tmp_path / "a", verify=False)
+    damage(tmp_path / "a" / "X.npy")
+    with pytest.raises(FileFormatError, match=r"X\.npy: \d+ bytes, expected \d+"):
+        UnitActivations.load(tmp_path / "a", verify=False)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -53,23 +53,39 @@ def dense_unit_table(X, mean, weight, sample_labels, n_modules):  # type: ignore
 @njit(cache=True, parallel=True)
 def dense_sample_table(X, mean, weight, unit_labels, n_modules):  # type: ignore[no-untyped-def]
     """Sums of each sample over each module's units, [sample, module]."""
-    n_samples, n_units = X.shape
+    n_samples = X.shape[0]
     sample_sums = np.empty((n_samples, n_modules))
-    slots = np.where(unit_labels < 0, n_modules, unit_labels)
-    even = n_units - n_units % 2
-    for i in prange(n_samples):
-        row = X[i]
-        # Two sums in turn: neighbours with one label would wait for each other.
-        first, second = np.zeros(n_modules + 1), np.zeros(n_modules + 1)
-        for j in range(0, even, 2):
-            first[slots[j]] += row[j] * weight[j]
-            second[slots[j + 1]] += row[j + 1] * weight[j + 1]
-        for j in range(even, n_units):
-            first[slots[j]] += row[j] * weight[j]
-        for k in range(n_modules):
-            sample_sums[i, k] = first[k] + second[k]
+    slots = np.where(unit_labels < 0, n_modules, unit_labels).astype(np.uint32)
+    n_fours = n_samples // 4
+    for four in prange(n_fours + n_samples % 4):
+        if four < n_fours:
+            _sum_four_rows(X[4 * four : 4 * four + 4], weight, slots, sample_sums[4 * four : 4 * four + 4])
+        else:
+            _sum_one_row(X[3 * n_fours + four], weight, slots, sample_sums[3 * n_fours + four])
     _subtract_means(sample_sums, mean, weight, unit_labels)
     return sample_sums
+
+
+@njit(cache=True)
+def _sum_four_rows(rows, weight, slots, sums):  # type: ignore[no-untyped-def]
+    # Four rows a label: the look-up is paid once, and their sums do not wait for each other.
+    first, second, third, fourth = rows[0], rows[1], rows[2], rows[3]
+    together = np.zeros((sums.shape[1] + 1, 4))
+    for j in range(len(slots)):
+        own = together[slots[j]]
+        own[0] += first[j] * weight[j]
+        own[1] += second[j] * weight[j]
+        own[2] += third[j] * weight[j]
+        own[3] += fourth[j] * weight[j]
+    sums[:] = together[:-1].T
+
+
+@njit(cache=True)
+def _sum_one_row(row, weight, slots, sums):  # type: ignore[no-untyped-def]
+    own = np.zeros(len(sums) + 1)
+    for j in range(len(slots)):
+        own[slots[j]] += row[j] * weight[j]
+    sums[:] = own[:-1]
 
 
 @njit(cache=True, parallel=True)
@@ -125,17 +141,21 @@ def dense_move_units(X, mean, weight, sample_sums, moved, old, new):  # type: ig
 @njit(cache=True, parallel=True)
 def dense_move_samples(X, mean, weight, unit_sums, moved, old, new):  # type: ignore[no-untyped-def]
     """Correct unit_sums in place for samples `moved` that went from label `old` to `new`."""
-    n_units = X.shape[1]
-    n_blocks = (n_units + _COLUMNS_AT_A_TIME - 1) // _COLUMNS_AT_A_TIME
-    for block in prange(n_blocks):
+    n_units, n_modules = unit_sums.shape
+    for block in prange((n_units + _COLUMNS_AT_A_TIME - 1) // _COLUMNS_AT_A_TIME):
         start = block * _COLUMNS_AT_A_TIME
         stop = min(n_units, start + _COLUMNS_AT_A_TIME)
+        gained = np.zeros((n_modules, stop - start))
         for t in range(len(moved)):
-            row = X[moved[t]]
-            for j in range(start, stop):
-                z = (row[j] - mean[j]) * weight[j]
-                unit_sums[j, old[t]] -= z
-                unit_sums[j, new[t]] += z
+            row = X[moved[t], start:stop]
+            lost, won = gained[old[t]], gained[new[t]]
+            for j in range(stop - start):
+                z = (row[j] - mean[start + j]) * weight[start + j]
+                lost[j] -= z
+                won[j] += z
+        for j in range(stop - start):
+            for k in range(n_modules):
+                unit_sums[start + j, k] += gained[k, j]
 
 
 @njit(cache=True)

@@ -94,7 +94,7 @@ class RowsOnDisk:
 
     def _read_journal(self) -> dict[int, int]:
         path = self._folder / _JOURNAL
-        lines = path.read_text(encoding="ascii", errors="replace").split("\n")[:-1] if path.exists() else []
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines() if path.exists() else []
         pairs = [line.split() for line in lines]
         return {int(p[0]): int(p[1]) for p in pairs if len(p) == 2 and p[0].isdecimal() and p[1].isdecimal()}
 
