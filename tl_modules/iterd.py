@@ -37,7 +37,8 @@ class IterD(ModuleEstimator):
             constrained k-means; extra `balanced`), "random", or labels to start from: an array of sample
             labels, or a pair (sample labels, unit labels). All but "balanced" make one start.
         n_init: number of balanced starts.
-        n_kicks: number of disturbances of the best partition; 0 ends at the first local optimum.
+        n_kicks: most disturbances of the best partition; 0 ends at the first local optimum. Twelve failures
+            in a row end them early.
         time_budget: seconds after which no new start or kick begins; None for no limit. With a limit the
             result depends on the machine.
         max_iter: most iterations of one descent.

@@ -25,6 +25,9 @@ _N_REFINED = 3
 FULL_KICK_SHARE = 8
 """One kick of the whole matrix for so many kicks of its sampled columns."""
 _SHUFFLED_SHARES = (0.1, 0.3)
+_SPLIT_AXES = 6
+_PATIENCE = 12
+"""Kicks without success after which the search gives up."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,14 @@ def _start(field: Field, *, plain: bool) -> SampleLabels:
 def kicked(
     field: Field, best: Descent, effort: Effort, n_kicks: int, least_gain: float = 0.0
 ) -> list[Descent]:
-    """Disturb the best partition and descend again, `n_kicks` times; what was better is kept, best last."""
+    """Disturb the best partition and descend again, at most `n_kicks` times; accepted ones, best last.
+
+    Ends early when many kicks in a row led to nothing better.
+    """
     accepted = [best]
+    failures = 0
     for i in range(n_kicks):
-        if effort.spent:
+        if effort.spent or failures >= _PATIENCE:
             break
         kick = _resplit if i % 2 else _shuffle
         end = field.descend(kick(field, accepted[-1].sample_labels), effort, least_gain)
@@ -146,9 +153,10 @@ def _resplit(field: Field, labels: SampleLabels) -> SampleLabels:
     pooled = field.rng.choice(field.n_modules, n_pooled, replace=False)
     members = np.flatnonzero(np.isin(labels, pooled))
     own = field.scores[members] - field.scores[members].mean(axis=0)
-    left, values, _ = np.linalg.svd(own, full_matrices=False)
-    stretch = np.exp(field.rng.standard_normal(min(6, len(values))))
-    split = balanced_labels(left[:, :6] * values[:6] * stretch, n_pooled, field.rng)
+    _, axes = np.linalg.eigh(own.T @ own)
+    leading = own @ axes[:, : -_SPLIT_AXES - 1 : -1]
+    stretch = np.exp(field.rng.standard_normal(leading.shape[1]))
+    split = balanced_labels(leading * stretch, n_pooled, field.rng)
     labels = labels.copy()
     labels[members] = pooled[split]
     return labels
