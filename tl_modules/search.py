@@ -21,8 +21,8 @@ RANK = 16
 _FEWEST_COLUMNS = 4096
 _COLUMN_SHARE = 0.1
 _COARSE_GAIN = 1e-5
-_N_REFINED = 3
-FULL_KICK_SHARE = 8
+_N_REFINED = 2
+FULL_KICK_SHARE = 16
 """One kick of the whole matrix for so many kicks of its sampled columns."""
 _SHUFFLED_SHARES = (0.1, 0.3)
 _SPLIT_AXES = 6
