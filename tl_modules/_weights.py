@@ -123,8 +123,9 @@ def _norms_are_folded(model: Any) -> bool:
 def _is_centered(weights: Tensor) -> bool:
     """Whether the mean over the last axis is zero, compared with what chance would give."""
     width = weights.shape[-1]
-    means = weights.float().mean(dim=-1).square().mean().sqrt()
-    size = weights.float().square().mean().sqrt()
+    # No copy of the weights: an unembedding can be the largest tensor of the model.
+    means = weights.mean(dim=-1, dtype=torch.float32).square().mean().sqrt()
+    size = torch.linalg.vector_norm(weights, dtype=torch.float32) / math.sqrt(weights.numel())
     return bool(means * math.sqrt(width) < _CENTERED_BELOW * size)
 
 
