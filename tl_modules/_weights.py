@@ -124,8 +124,9 @@ def _is_centered(weights: Tensor) -> bool:
     """Whether the mean over the last axis is zero, compared with what chance would give."""
     width = weights.shape[-1]
     # No copy of the weights: an unembedding can be the largest tensor of the model.
-    means = weights.mean(dim=-1, dtype=torch.float32).square().mean().sqrt()
-    size = torch.linalg.vector_norm(weights, dtype=torch.float32) / math.sqrt(weights.numel())
+    precise = torch.promote_types(weights.dtype, torch.float32)
+    means = weights.mean(dim=-1, dtype=precise).square().mean().sqrt()
+    size = torch.linalg.vector_norm(weights, dtype=precise) / math.sqrt(weights.numel())
     return bool(means * math.sqrt(width) < _CENTERED_BELOW * size)
 
 
