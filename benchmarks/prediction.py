@@ -1,6 +1,6 @@
 """IterD beside the five baselines on SmolLM2: objective, and prediction of the prompts' categories.
 
-    python benchmarks/prediction.py --write docs/results.md --acts-cache /tmp/acts
+    python benchmarks/prediction.py --write results.md --acts-cache acts
 
 Collects the activations of the 7 x 300 train and 7 x 100 test instructions in ../shared/data as the paper's
 code does (about 6 minutes on 2 cores; `--acts-cache` keeps them), fits every method at K = 5, 10, 15, 20 and
