@@ -119,7 +119,8 @@ def test_bases_by_name():
 
 def test_values_are_the_activation():
     activation = torch.randn(2, 3, D_MLP)
-    assert NeuronBasis().values("blocks.0.mlp.hook_post", activation) is activation
+    site = NeuronBasis([0]).sites(ALL_MODELS["bridge_llama"]())[0]
+    assert site.values(activation) is activation
 
 
 # --- directions ------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def test_writes_add_up_to_what_the_mlp_adds(name):
     model = MODELS[name]()
     cache = cache_of(model)
     for layer in range(N_LAYERS):
-        writes = cache[f"blocks.{layer}.mlp.hook_post"] @ NeuronBasis().write_directions(model, layer)
+        writes = cache[f"blocks.{layer}.mlp.hook_post"] @ NeuronBasis([layer]).write_directions(model)
         bias = model.blocks[layer].mlp.b_out
         scale = mlp_write_gain(model, layer)
         added = cache[f"blocks.{layer}.hook_mlp_out"]
@@ -151,7 +152,7 @@ def test_the_residual_stream_gains_the_writes(name):
     for layer in range(N_LAYERS):
         posts, gain = cache[f"blocks.{layer}.mlp.hook_post"], mlp_write_gain(model, layer)
         bias = model.blocks[layer].mlp.b_out
-        writes = posts @ NeuronBasis().write_directions(model, layer) + (0 if bias is None else bias) * gain
+        writes = posts @ NeuronBasis([layer]).write_directions(model) + (0 if bias is None else bias) * gain
         before = residual_before_mlp(model, cache, layer)
         attention = cache[f"blocks.{layer}.hook_attn_out"] if describe(model).parallel else 0
         gained = cache[f"blocks.{layer}.hook_resid_post"] - before - attention
@@ -167,13 +168,13 @@ def test_reads_explain_the_preactivations(model, matrix):
     """With the norm's scale taken as given, preactivation = residual @ direction / scale + a constant."""
     gated = describe(model).gated
     if matrix == "W_gate" and not gated:
-        with pytest.raises(InputError, match="matrix: got 'W_gate', expected one of 'W_in'"):
-            NeuronBasis().read_directions(model, 0, matrix=matrix)
+        with pytest.raises(InputError, match="read_matrix: got 'W_gate', expected one of 'W_in'"):
+            NeuronBasis([0], read_matrix=matrix).read_directions(model)
         return
     point = "hook_pre_linear" if gated and matrix == "W_in" else "hook_pre"
     cache = cache_of(model)
     for layer in range(N_LAYERS):
-        directions = NeuronBasis().read_directions(model, layer, matrix=matrix)
+        directions = NeuronBasis([layer], read_matrix=matrix).read_directions(model)
         assert directions.shape == (D_MLP, D_MODEL)
         before = residual_before_mlp(model, cache, layer)
         norm = "ln2" if hasattr(model.blocks[layer], "ln2") else "ln1"
@@ -195,8 +196,8 @@ def test_reads_are_the_same_with_the_norm_folded(name):
     plain, folded = ALL_MODELS[name](), process(ALL_MODELS[name]())
     for layer in range(N_LAYERS):
         torch.testing.assert_close(
-            NeuronBasis().read_directions(folded, layer),
-            NeuronBasis().read_directions(plain, layer),
+            NeuronBasis([layer]).read_directions(folded),
+            NeuronBasis([layer]).read_directions(plain),
             atol=1e-5,
             rtol=1e-4,
         )
@@ -206,7 +207,7 @@ def test_reads_are_the_same_with_the_norm_folded(name):
 @pytest.mark.parametrize("name", ALL_MODELS)
 def test_writes_are_the_same_but_for_the_mean_when_processed(name):
     plain, folded = ALL_MODELS[name](), process(ALL_MODELS[name]())
-    expected = NeuronBasis().write_directions(plain, 1)
+    expected = NeuronBasis([1]).write_directions(plain)
     if describe(plain).normalization == "LN":
         expected = expected - expected.mean(dim=-1, keepdim=True)
-    torch.testing.assert_close(NeuronBasis().write_directions(folded, 1), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(NeuronBasis([1]).write_directions(folded), expected, atol=1e-5, rtol=1e-4)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -249,11 +250,16 @@ class _Failing(NeuronBasis):
 
     def __init__(self, layer: int) -> None:
         super().__init__()
-        self.layer, self.calls = layer, 0
+        self.failing, self.calls = layer, 0
 
-    def values(self, hook_name, activation):
+    def site(self, model, layer):
+        site = super().site(model, layer)
+        site.values = partial(self.values, layer)
+        return site
+
+    def values(self, layer, activation):
         self.calls += 1
-        if self.calls > 3 and f".{self.layer}." in hook_name:
+        if self.calls > 3 and layer == self.failing:
             raise RuntimeError("thrown in a hook")
         return activation
 
@@ -474,9 +480,10 @@ from tl_modules.bases import NeuronBasis
 from tl_modules.collection import collect
 torch.set_num_threads(1)
 class Slow(NeuronBasis):
-    def values(self, hook_name, activation):
-        time.sleep({delay})
-        return activation
+    def site(self, model, layer):
+        site = super().site(model, layer)
+        site.values = lambda activation: time.sleep({delay}) or activation
+        return site
 model = next(iter(tiny_models.ALL_MODELS.values()))()
 texts = [f"prompt number {{i}} " + "x" * (i % 17) for i in range(40)]
 collect(model, texts, Slow(), batch_tokens=64, store=sys.argv[1], progress=False, chat=True)

@@ -15,9 +15,9 @@ import tl_modules
 PACKAGE = Path(tl_modules.__file__).parent
 ROOMS = [
     *("_version", "_checks", "_kernels", "objective", "standardize", "sums"),
-    *("_weights", "_hooks", "host", "prefix", "bases"),
+    *("_weights", "_hooks", "host", "prefix", "sites", "bases"),
     *("_store", "activations"),
-    *("prompts", "tokens", "reductions", "batches", "_rows", "collection"),
+    *("prompts", "tokens", "reductions", "batches", "_rows", "_sparse_rows", "collection"),
     *("descent", "starts", "search", "estimator", "iterd", "baselines", "methods"),
     *("words", "_module_facts", "_modules_io", "modules", "find", "evaluate"),
     *("viz.figure", "viz.panels", "viz.html", "viz.report", "viz"),

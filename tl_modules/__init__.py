@@ -14,18 +14,20 @@ if TYPE_CHECKING:
     from tl_modules._checks import TLModulesError
     from tl_modules.activations import UnitActivations
     from tl_modules.baselines import BASELINES
-    from tl_modules.bases import Basis, NeuronBasis
+    from tl_modules.bases import HeadBasis, NeuronBasis
     from tl_modules.collection import collect
     from tl_modules.demo import load_demo_model, load_demo_prompts
     from tl_modules.evaluate import compare_methods, predict_categories, stability
     from tl_modules.find import find_modules
     from tl_modules.iterd import IterD
     from tl_modules.modules import Module, Modules
+    from tl_modules.sites import Basis
     from tl_modules.viz.report import write_report
 
 _ROOM_OF = {
     "BASELINES": "baselines",
-    "Basis": "bases",
+    "Basis": "sites",
+    "HeadBasis": "bases",
     "IterD": "iterd",
     "Module": "modules",
     "Modules": "modules",
@@ -45,6 +47,7 @@ _ROOM_OF = {
 __all__ = [
     "BASELINES",
     "Basis",
+    "HeadBasis",
     "IterD",
     "Module",
     "Modules",

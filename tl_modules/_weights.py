@@ -52,6 +52,17 @@ def mlp_read_gain(model: Any, layer: int) -> Float[Tensor, " d_model"]:
     return torch.ones_like(like) if norm is None else norm_gain(norm, like)
 
 
+def head_write_matrices(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    """`W_O` of each head, times the gain of a norm after attention and the residual multiplier, if any."""
+    block = model.blocks[layer]
+    matrices = block.attn.W_O.detach()
+    norm = getattr(block, "ln1_post", None)
+    if norm is None and _mlp_reads_residual(block):
+        norm = block.ln1
+    gain = 1.0 if norm is None else norm_gain(norm, matrices[0, 0])
+    return matrices * gain * float(getattr(model.cfg, "residual_multiplier", None) or 1.0)
+
+
 def post_mlp_norm(block: Any) -> Any:
     """The norm between the MLP and the residual stream, or None."""
     norm = getattr(block, "ln2_post", None)

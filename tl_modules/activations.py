@@ -177,7 +177,7 @@ class UnitActivations:
 
         Args:
             path: the folder.
-            mmap: leave a dense matrix on disk and read what is used (read-only), or read it into memory.
+            mmap: leave the matrix on disk and read what is used (read-only), or read it into memory.
             verify: compare every part with its checksum, which reads all of it once. Sizes always are.
 
         Raises:
@@ -239,8 +239,8 @@ class UnitActivations:
 def _read_matrix(folder: Path, manifest: Mapping[str, Any], *, mmap: bool) -> np.ndarray | sparse.csr_array:
     shape, layout = tuple(manifest["shape"]), manifest["layout"]
     if layout == "csr":
-        data, indices, indptr = (_store.read_array(folder / f"X-{part}.npy") for part in _CSR_PARTS)
-        X = sparse.csr_array((data, indices, indptr), shape=shape)
+        data, indices = (_store.read_array(folder / f"X-{part}.npy", mmap=mmap) for part in _CSR_PARTS[:2])
+        X = sparse.csr_array((data, indices, _store.read_array(folder / "X-indptr.npy")), shape=shape)
         _check_csr(folder, X)
         return X
     if layout != "dense":
@@ -273,6 +273,11 @@ def _positions(name: str, key: Any, n: int) -> slice | np.ndarray:
     if array.min() < -n or array.max() >= n:
         refuse(name, got=f"positions from {array.min()} to {array.max()}", want=f"positions below {n}")
     return array
+
+
+def index_dtype(n_nonzero: int) -> type[np.integer]:
+    """The integers that a CSR matrix of so many non-zeros is indexed with."""
+    return np.int32 if n_nonzero < np.iinfo(np.int32).max else np.int64
 
 
 def _json_copy(source: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,128 +1,97 @@
-"""What a unit is: where its values are read, and its directions in the residual stream."""
+"""The bases that a model brings with it: MLP neurons and attention heads."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_modules._checks import check_choice, check_integer, refuse
+from tl_modules._checks import UnsupportedModelError, check_choice
 from tl_modules.host import (
     describe,
+    head_write_matrices,
     mlp_read_gain,
     mlp_read_matrices,
     mlp_write_gain,
     mlp_write_matrix,
     require_mlp,
 )
+from tl_modules.sites import Basis, LayerBasis, Site
 
 
-class Basis(ABC):
-    """One kind of unit in some layers of a model. Columns of X are layer by layer, index by index.
+class NeuronSite(Site):
+    """The MLP neurons of one layer."""
 
-    A subclass says which hook point each layer is read at, how many units it has there and what they are
-    called, how an activation becomes unit values, and their directions.
-    """
+    kind = "neuron"
+    letter = "N"
 
-    kind: str
-    """Plural name, as given to `collect(basis=...)`."""
-    unit_kind: str
-    """Singular name, as written in the units table."""
-    letter: str
-    """What stands between layer and index in a label: L3N17."""
+    def __init__(self, model: Any, layer: int, read_matrix: str | None = None) -> None:
+        super().__init__(f"blocks.{layer}.mlp.hook_post", layer, int(mlp_write_matrix(model, layer).shape[0]))
+        self._model, self._read_matrix = model, read_matrix
 
-    def __init__(self, layers: Iterable[int] | None = None) -> None:
-        """Choose layers by number, negative ones counted from the last; None for all layers."""
-        self._layers = None if layers is None else list(layers)
+    def values(self, activation: Float[Tensor, "batch pos unit"]) -> Float[Tensor, "batch pos unit"]:
+        """The activation itself."""
+        return activation
 
-    def layers(self, model: Any) -> list[int]:
-        """The chosen layers of this model, in ascending order.
+    def edited(
+        self,
+        output: Float[Tensor, "batch pos unit"],  # noqa: ARG002 - neurons are all there is
+        values: Float[Tensor, "batch pos unit"],  # noqa: ARG002
+        new: Float[Tensor, "batch pos unit"],
+    ) -> Float[Tensor, "batch pos unit"]:
+        """The new values."""
+        return new
+
+    def read_directions(self) -> Float[Tensor, "unit d_model"]:
+        """What excites each neuron: its input weights, seen through the frozen norm before the MLP.
+
+        The norm's gain is multiplied in, and LayerNorm's removal of the mean is applied, so that the
+        directions are the same whether the norm was folded into the weights or not. The norm's division by
+        the size of the residual stream, one positive number a position, is left out.
 
         Raises:
-            InputError: a layer that the model does not have, the same one twice, or none.
+            InputError: the basis names a matrix that the model does not have.
         """
-        n_layers = describe(model).n_layers
-        if self._layers is None:
-            return list(range(n_layers))
-        checked = [
-            check_integer("layers", layer, least=-n_layers, most=n_layers - 1) for layer in self._layers
-        ]
-        chosen = sorted(layer % n_layers for layer in checked)
-        if not chosen or len(set(chosen)) < len(chosen):
-            refuse("layers", got=self._layers, want="at least one layer, each named once")
-        return chosen
+        matrices = mlp_read_matrices(self._model, self.layer)
+        default = "W_gate" if "W_gate" in matrices else "W_in"
+        weights = matrices[check_choice("read_matrix", self._read_matrix or default, matrices)]
+        directions = weights.T * mlp_read_gain(self._model, self.layer)
+        if describe(self._model).normalization == "LN":
+            directions = directions - directions.mean(dim=-1, keepdim=True)
+        return directions
 
-    def hook_names(self, model: Any) -> list[str]:
-        """The hook point of each chosen layer, in the order of the columns."""
-        return [self.hook_name(layer) for layer in self.layers(model)]
+    def write_directions(self) -> Float[Tensor, "unit d_model"]:
+        """What a value of 1 writes: the rows of `W_out`, times the gain of the norm after the MLP, if any.
 
-    def units(self, model: Any) -> pd.DataFrame:
-        """The table of units, one row for each column of X.
-
-        Returns:
-            Columns `layer`, `kind`, `index` (within the layer), `hook_name` and `label`.
+        Behind such a norm (Gemma 2 and 3, OLMo 2) the sum of all writes is also divided by its root mean
+        square, one positive number a position. It is left out: directions are exact, lengths are relative.
         """
-        layers = self.layers(model)
-        sizes = [self.n_units(model, layer) for layer in layers]
-        layer_of, index = np.repeat(layers, sizes), np.concatenate([np.arange(size) for size in sizes])
-        return pd.DataFrame(
-            {
-                "layer": layer_of,
-                "kind": self.unit_kind,
-                "index": index,
-                "hook_name": np.repeat([self.hook_name(layer) for layer in layers], sizes),
-                "label": [f"L{a}{self.letter}{b}" for a, b in zip(layer_of, index, strict=True)],
-            }
-        )
-
-    @abstractmethod
-    def hook_name(self, layer: int) -> str:
-        """The hook point at which a layer's units are read."""
-
-    @abstractmethod
-    def n_units(self, model: Any, layer: int) -> int:
-        """How many units a layer has."""
-
-    @abstractmethod
-    def values(
-        self, hook_name: str, activation: Float[Tensor, "batch pos ..."]
-    ) -> Float[Tensor, "batch pos unit"]:
-        """The units' values, from the activation at their hook point."""
-
-    @abstractmethod
-    def read_directions(self, model: Any, layer: int) -> Float[Tensor, "unit d_model"]:
-        """For each unit, the direction of the residual stream that excites it."""
-
-    @abstractmethod
-    def write_directions(self, model: Any, layer: int) -> Float[Tensor, "unit d_model"]:
-        """For each unit, what a value of 1 adds to the residual stream."""
+        return mlp_write_matrix(self._model, self.layer) * mlp_write_gain(self._model, self.layer)
 
 
-class NeuronBasis(Basis):
+class NeuronBasis(LayerBasis):
     """MLP neurons, read at `mlp.hook_post`, where they multiply the rows of `W_out`.
 
     In a gated MLP that is act(gate) * up, and its sign carries meaning.
 
     Args:
-        layers: which layers; None for all.
+        layers: which layers, negative ones counted from the last; None for all.
+        read_matrix: which input weights count as read directions, "W_gate" or "W_in" of a gated MLP; the
+            default is W_gate, which decides whether a neuron is on at all. "W_in" of an MLP without gate.
 
     Example:
-        >>> NeuronBasis(layers=[3]).hook_name(3)
-        'blocks.3.mlp.hook_post'
+        >>> NeuronBasis(layers=[3]).kind
+        'neurons'
     """
 
     kind = "neurons"
-    unit_kind = "neuron"
-    letter = "N"
 
-    def hook_name(self, layer: int) -> str:
-        """`blocks.{layer}.mlp.hook_post`, in both kinds of model."""
-        return f"blocks.{layer}.mlp.hook_post"
+    def __init__(self, layers: Iterable[int] | None = None, *, read_matrix: str | None = None) -> None:
+        super().__init__(layers)
+        self._read_matrix = read_matrix
 
     def layers(self, model: Any) -> list[int]:
         """The chosen layers of this model, in ascending order.
@@ -134,54 +103,83 @@ class NeuronBasis(Basis):
         require_mlp(describe(model))
         return super().layers(model)
 
-    def n_units(self, model: Any, layer: int) -> int:
-        """The MLP's width."""
-        return int(mlp_write_matrix(model, layer).shape[0])
+    def site(self, model: Any, layer: int) -> Site:
+        """The neurons of one layer."""
+        return NeuronSite(model, layer, self._read_matrix)
 
-    def values(
+
+class HeadSite(Site):
+    """The attention heads of one layer; a head's value is the length of its result, what it writes."""
+
+    kind = "head"
+    letter = "H"
+
+    def __init__(self, model: Any, layer: int) -> None:
+        super().__init__(f"blocks.{layer}.attn.hook_z", layer, describe(model).n_heads)
+        self._matrices = head_write_matrices(model, layer)
+        # |z W| = |R z| with W^T = Q R: the result itself, [batch, pos, head, d_model], is never made.
+        self._triangles = torch.linalg.qr(self._matrices.float().mT, mode="r").R
+
+    def values(self, activation: Float[Tensor, "batch pos *site"]) -> Float[Tensor, "batch pos unit"]:
+        """|z W_O| of each head, from z [batch, pos, head, d_head] or with its last two axes as one."""
+        z = self._by_head(activation).float()
+        return torch.einsum("bphd,hed->bphe", z, self._triangles.to(z.device)).norm(dim=-1)
+
+    def _by_head(self, z: Tensor) -> Float[Tensor, "batch pos head d_head"]:
+        return z.reshape(*z.shape[:2], self.n_units, -1)
+
+    def edited(
         self,
-        hook_name: str,  # noqa: ARG002 - the same at every hook point
-        activation: Float[Tensor, "batch pos unit"],
-    ) -> Float[Tensor, "batch pos unit"]:
-        """The activation itself."""
-        return activation
+        output: Float[Tensor, "batch pos *site"],
+        values: Float[Tensor, "batch pos unit"],
+        new: Float[Tensor, "batch pos unit"],
+    ) -> Float[Tensor, "batch pos *site"]:
+        """Stretch z so that each result has its new length; a head that writes nothing stays silent."""
+        factor = torch.where(values > 0, new / values.where(values > 0, 1), 1).to(output.dtype)
+        return (self._by_head(output) * factor[..., None]).reshape(output.shape)
 
-    def read_directions(
-        self, model: Any, layer: int, *, matrix: str | None = None
-    ) -> Float[Tensor, "unit d_model"]:
-        """What excites each neuron: its input weights, seen through the frozen norm before the MLP.
-
-        The norm's gain is multiplied in, and LayerNorm's removal of the mean is applied, so that the
-        directions are the same whether the norm was folded into the weights or not. The norm's division by
-        the size of the residual stream, one positive number a position, is left out.
-
-        Args:
-            model: a HookedTransformer or TransformerBridge.
-            layer: the layer.
-            matrix: "W_gate" or "W_in" of a gated MLP; the default is W_gate, which decides whether a neuron
-                is on at all. "W_in" of an MLP without gate.
+    def read_directions(self) -> Float[Tensor, "unit d_model"]:
+        """Not defined.
 
         Raises:
-            InputError: a matrix that the model does not have.
+            UnsupportedModelError: always: a head reads through queries, keys and values.
         """
-        matrices = mlp_read_matrices(model, layer)
-        default = "W_gate" if "W_gate" in matrices else "W_in"
-        weights = matrices[check_choice("matrix", matrix or default, matrices)]
-        directions = weights.T * mlp_read_gain(model, layer)
-        if describe(model).normalization == "LN":
-            directions = directions - directions.mean(dim=-1, keepdim=True)
-        return directions
+        raise UnsupportedModelError(
+            "Heads read through queries, keys and values: no one direction excites them."
+        )
 
-    def write_directions(self, model: Any, layer: int) -> Float[Tensor, "unit d_model"]:
-        """What a value of 1 writes: the rows of `W_out`, times the gain of the norm after the MLP, if any.
+    def write_directions(self) -> Float[Tensor, "unit d_model"]:
+        """The direction that each head writes most along: the leading right singular vector of its `W_O`.
 
-        Behind such a norm (Gemma 2 and 3, OLMo 2) the sum of all writes is also divided by its root mean
-        square, one positive number a position. It is left out: directions are exact, lengths are relative.
+        Its length is the singular value. A head writes into a whole subspace; see `write_subspaces`.
         """
-        return mlp_write_matrix(model, layer) * mlp_write_gain(model, layer)
+        _, sizes, directions = torch.linalg.svd(self._matrices.float(), full_matrices=False)
+        return sizes[:, :1] * directions[:, 0]
+
+    def write_subspaces(self) -> Float[Tensor, "unit d_head d_model"]:
+        """Everything that each head can write: its `W_O`, times the gain of a norm after attention."""
+        return self._matrices
 
 
-_BASES: dict[str, type[Basis]] = {"neurons": NeuronBasis}
+class HeadBasis(LayerBasis):
+    """Attention heads, read at `attn.hook_z`; the value is the norm of what the head writes.
+
+    Args:
+        layers: which layers, negative ones counted from the last; None for all.
+
+    Example:
+        >>> HeadBasis(layers=[3]).kind
+        'heads'
+    """
+
+    kind = "heads"
+
+    def site(self, model: Any, layer: int) -> Site:
+        """The heads of one layer."""
+        return HeadSite(model, layer)
+
+
+_BASES: dict[str, type[LayerBasis]] = {"neurons": NeuronBasis, "heads": HeadBasis}
 
 
 def as_basis(basis: str | Basis) -> Basis:

@@ -9,25 +9,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from scipy import sparse
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_modules._checks import check_choice, check_integer, refuse
 from tl_modules._rows import Rows, RowsInMemory, RowsOnDisk, finished
+from tl_modules._sparse_rows import SparseRowsInMemory, SparseRowsOnDisk
 from tl_modules._version import __version__
 from tl_modules.activations import UnitActivations
-from tl_modules.bases import Basis, as_basis
-from tl_modules.batches import Batch, Sequences, assemble, different, plan
+from tl_modules.bases import as_basis
+from tl_modules.batches import MOST_ROWS, Batch, Sequences, assemble, different, plan
 from tl_modules.host import describe, forward, hooked
 from tl_modules.prefix import PrefixState, prefix_cache
 from tl_modules.prompts import read_prompts
 from tl_modules.reductions import REDUCTIONS, Reduction
+from tl_modules.sites import Basis, Site, units_of
 from tl_modules.tokens import TokenizedPrompts, TokenSettings, tokenize
 
 _NUMBERS_AT_A_TIME = 1 << 22
+
+Values = Any
+"""A batch's finished rows: a numpy array, or a CSR array when the basis has features."""
 
 
 def collect(
@@ -40,6 +45,7 @@ def collect(
     exclude_special: bool = True,
     max_length: int | None = None,
     batch_tokens: int | None = None,
+    threshold: float = 0.0,
     store: str | Path | None = None,
     parity: Literal["paper"] | None = None,
     progress: bool = True,
@@ -56,7 +62,7 @@ def collect(
         prompts: a list of strings, of chat-message lists or of token ids without padding; or a pandas
             DataFrame or Hugging Face dataset with a column text, prompt, instruction, content or messages,
             and category or label if known.
-        basis: what a unit is: "neurons", or a `Basis`.
+        basis: what a unit is: "neurons", "heads", or a `Basis`, such as a `FeatureBasis` or a sum of bases.
         reduce: what is kept of a unit's values over a prompt's positions: "mean_abs", "max_abs", "mean", or
             "active", the fraction of positions where the value is above 0.
         chat: None or False runs texts as they are, with the start token that `model.to_tokens` would add;
@@ -67,6 +73,9 @@ def collect(
         max_length: cut longer prompts to their first tokens. None refuses prompts beyond the model's context.
         batch_tokens: positions in a batch, padding included. None: 192 on a CPU, where more is hardly faster
             and needs more memory, 8192 on an accelerator.
+        threshold: a feature whose value at a position is not above this in size counts as silent there, and
+            its value as 0. Only what is not 0 is kept of features, as a CSR matrix. Other units know no
+            threshold.
         store: a folder to write to as the run goes on. The same call takes up a killed run where it was, with
             a bit-identical result, and returns a finished one at once.
         parity: "paper" does as the ULCMOD paper's code (arXiv 2603.17823): chat template over a fixed
@@ -75,7 +84,8 @@ def collect(
         progress: show a progress bar, in tokens.
 
     Returns:
-        The raw values, float32 [sample, unit], with their tables; on disk if `store` is given.
+        The raw values, float32 [sample, unit], with their tables; on disk if `store` is given. A CSR matrix
+        if the basis has features, else dense.
 
     Raises:
         InputError: a prompt or setting that cannot be used, or activations that are not finite.
@@ -93,44 +103,66 @@ def collect(
         tl_modules._checks.InputError: model: got a str, expected a HookedTransformer or...
     """
     check_choice("reduce", reduce, REDUCTIONS)
-    settings = _token_settings(reduce, chat, exclude_special, max_length, parity)
     basis = as_basis(basis)
-    units = basis.units(model)
+    settings = _token_settings(reduce, chat, exclude_special, max_length, parity, basis.prepend_bos)
+    sites = basis.sites(model)
+    _check_threshold(threshold, sites)
+    units = units_of(sites)
     tokenized = tokenize(model, read_prompts(prompts), settings)
     source = describe(model).source()
     batch_tokens = _batch_tokens(batch_tokens, source["device"])
-    source |= {
-        "basis": basis.kind,
-        "hook_names": basis.hook_names(model),
+    source |= basis.source(model) | {
         "reduce": reduce,
         **vars(settings),
+        "threshold": float(threshold),
         "batch_tokens": batch_tokens,
         "n_samples": len(tokenized.tokens),
         "prompts_sha256": _digest(tokenized),
         "package_version": __version__,
     }
-    rows: Rows
-    if store is None:
-        rows = RowsInMemory(len(tokenized.tokens), len(units), source)
-    else:
+    if store is not None:
         source["weights_crc32"] = _weights_checksum(model)
         if (result := finished(Path(store), source)) is not None:
             return result
-        rows = RowsOnDisk(Path(store), len(tokenized.tokens), len(units), source)
+    rows = _rows(store, (len(tokenized.tokens), len(units)), source, is_sparse=_is_sparse(sites))
     sequences = different(tokenized.tokens, tokenized.counted)
-    _Pass(model, basis, units, REDUCTIONS[reduce]).run(sequences, rows, batch_tokens, progress)
+    _Pass(model, sites, REDUCTIONS[reduce], threshold).run(sequences, rows, batch_tokens, progress)
     return rows.finish(tokenized.samples, units)
 
 
+def _rows(
+    store: str | Path | None, shape: tuple[int, int], source: dict[str, Any], *, is_sparse: bool
+) -> Rows:
+    if store is None:
+        return (SparseRowsInMemory if is_sparse else RowsInMemory)(shape, source)
+    return (SparseRowsOnDisk if is_sparse else RowsOnDisk)(Path(store), shape, source)
+
+
+def _is_sparse(sites: list[Site]) -> bool:
+    return any(site.sparse for site in sites)
+
+
+def _check_threshold(threshold: float, sites: list[Site]) -> None:
+    if not threshold >= 0:
+        refuse("threshold", got=repr(threshold), want="0 or more")
+    if threshold > 0 and not _is_sparse(sites):
+        refuse("threshold", got=repr(threshold), want="0 with a basis that has no features")
+
+
 def _token_settings(
-    reduce: str, chat: bool | str | None, exclude_special: bool, max_length: int | None, parity: str | None
+    reduce: str,
+    chat: bool | str | None,
+    exclude_special: bool,
+    max_length: int | None,
+    parity: str | None,
+    prepend_bos: bool | None,
 ) -> TokenSettings:
     if max_length is not None:
         check_integer("max_length", max_length, least=1)
     if chat == "":
         refuse("chat", got="''", want="None, True or a system message")
     if parity is None:
-        return TokenSettings(chat, exclude_special, max_length)
+        return TokenSettings(chat, exclude_special, max_length, prepend_bos=prepend_bos)
     check_choice("parity", parity, ["paper"])
     given = {"reduce": reduce, "chat": chat, "max_length": max_length}
     fixed = {"reduce": "mean_abs", "chat": None, "max_length": None}
@@ -147,22 +179,26 @@ def _batch_tokens(given: int | None, device: str) -> int:
 
 
 class _Pass:
-    """One walk of all sequences through the model, with a hook on every hook point of the basis."""
+    """One walk of all sequences through the model, with a hook on every hook point that the sites read."""
 
-    def __init__(self, model: Any, basis: Basis, units: pd.DataFrame, reduction: Reduction) -> None:
-        self._model, self._basis, self._units, self._reduction = model, basis, units, reduction
-        self._columns = {name: _columns(units, name) for name in basis.hook_names(model)}
-        self._stop_at_layer = int(units["layer"].max()) + 1
+    def __init__(self, model: Any, sites: list[Site], reduction: Reduction, threshold: float) -> None:
+        self._model, self._sites = model, sites
+        self._reduction, self._threshold = reduction, threshold
+        self._stop_at_layer = max(site.layer for site in sites) + 1
         self._forwards = 0
         self._counted: Bool[Tensor, "batch pos"]
-        self._parts: Float[Tensor, "batch unit"]
+        # One buffer for all batches, of which only the rows in use take memory.
+        self._buffer = torch.empty(MOST_ROWS, sum(site.n_units for site in sites))
+        self._part: Float[Tensor, "batch unit"]
+        self._parts: tuple[Tensor, ...]
+        """The columns of each site in it."""
         self._prefix_part: Float[Tensor, "one unit"] | None = None
 
     def run(self, sequences: Sequences, rows: Rows, batch_tokens: int, progress: bool) -> None:
         """Fill `rows`, batch after batch."""
         n_tokens = [len(ids) * len(s) for ids, s in zip(sequences.tokens, sequences.samples, strict=True)]
         bar = tqdm(total=sum(n_tokens), unit="tok", unit_scale=True, desc="collect", disable=not progress)
-        hooks = {name: partial(self._reduce, name) for name in self._columns}
+        hooks = {site.hook_name: partial(self._reduce, site.hook_name) for site in self._sites}
         with bar, hooked(self._model, hooks) as counter:
             prefix = self._run_prefix(sequences)
             n_prefix = 0 if prefix is None else prefix.n_tokens
@@ -172,14 +208,16 @@ class _Pass:
                     values = self._run_batch(batch, prefix, int(sequences.counted[0][:n_prefix].sum()))
                     counter.check(self._forwards)
                     self._check_finite(values, batch)
-                    rows.put(number, batch, values.numpy())
+                    rows.put(number, batch, values)
                 bar.update(sum(n_tokens[i] for i in members))
 
-    def _reduce(self, name: str, activation: Tensor) -> None:
-        values = self._basis.values(name, activation)
-        self._parts[:, self._columns[name]] = self._reduction.part(
-            values, self._counted.to(values.device)
-        ).cpu()
+    def _reduce(self, hook_name: str, activation: Tensor) -> None:
+        for number, site in enumerate(self._sites):
+            if site.hook_name == hook_name:
+                values = site.values(activation)
+                if site.sparse and self._threshold > 0:
+                    values = values.where(values.abs() > self._threshold, 0)
+                self._parts[number][:] = self._reduction.part(values, self._counted.to(values.device))
 
     def _run_prefix(self, sequences: Sequences) -> PrefixState | None:
         n_prefix = sequences.shared_prefix()
@@ -191,36 +229,36 @@ class _Pass:
         )
         if state is not None:
             self._forwards += 1
-            self._prefix_part = self._parts
+            self._prefix_part = self._part.clone()
         return state
 
-    def _run_batch(
-        self, batch: Batch, prefix: PrefixState | None, n_counted_before: int
-    ) -> Float[Tensor, "batch unit"]:
+    def _run_batch(self, batch: Batch, prefix: PrefixState | None, n_counted_before: int) -> Values:
         self._expect(batch.counted)
         forward(self._model, batch.tokens, batch.real, stop_at_layer=self._stop_at_layer, prefix=prefix)
         self._forwards += 1
         if self._prefix_part is not None:
-            self._reduction.merge(self._parts, self._prefix_part)
-        return self._reduction.finish(self._parts, batch.counted.sum(dim=1) + n_counted_before)
+            self._reduction.merge(self._part, self._prefix_part)
+        values = self._reduction.finish(self._part, batch.counted.sum(dim=1) + n_counted_before).numpy()
+        return sparse.csr_array(values) if _is_sparse(self._sites) else values
 
     def _expect(self, counted: Bool[Tensor, "batch pos"]) -> None:
         """Make ready for a forward of these positions."""
         self._counted = counted
-        self._parts = torch.empty(len(counted), len(self._units))
+        self._part = self._buffer[: len(counted)]
+        self._parts = torch.split(self._part, [site.n_units for site in self._sites], dim=1)
 
-    def _check_finite(self, values: Float[Tensor, "batch unit"], batch: Batch) -> None:
-        bad = ~values.isfinite()
-        if bad.any():
-            sequence, unit = (int(i) for i in bad.nonzero()[0])
-            sample = next(sample for sample, row in batch.rows if row == sequence)
-            got = f"values of {self._units['label'].iloc[unit]} that are not finite, in prompts[{sample}]"
+    def _check_finite(self, values: Values, batch: Batch) -> None:
+        stored = values.data if sparse.issparse(values) else values
+        if not np.isfinite(stored).all():
+            row, unit = np.argwhere(~np.isfinite(_dense(values)))[0]
+            sample = next(sample for sample, sequence in batch.rows if sequence == row)
+            label = units_of(self._sites)["label"].iloc[int(unit)]
+            got = f"values of {label} that are not finite, in prompts[{sample}]"
             refuse("model", got=got, want="finite activations", cure="Load it in float32 or bfloat16.")
 
 
-def _columns(units: pd.DataFrame, hook_name: str) -> slice:
-    places = np.flatnonzero(units["hook_name"] == hook_name)
-    return slice(int(places[0]), int(places[-1]) + 1)
+def _dense(values: Values) -> np.ndarray:
+    return values.toarray() if sparse.issparse(values) else np.asarray(values)
 
 
 def _digest(tokenized: TokenizedPrompts) -> str:

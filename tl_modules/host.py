@@ -20,6 +20,7 @@ from torch import Tensor
 from tl_modules._checks import UnsupportedModelError, refuse
 from tl_modules._hooks import FiringCounter, hooked, resolve
 from tl_modules._weights import (
+    head_write_matrices,
     mlp_read_gain,
     mlp_read_matrices,
     mlp_write_gain,
@@ -34,6 +35,7 @@ __all__ = [
     "Prefix",
     "describe",
     "forward",
+    "head_write_matrices",
     "hooked",
     "kind_of",
     "mlp_read_gain",

@@ -39,6 +39,8 @@ class TokenSettings:
     """Cut prompts to their first `max_length` tokens; None refuses those longer than the context."""
     parity: Literal["paper"] | None = None
     """"paper": chat template, fixed system message, every position counts."""
+    prepend_bos: bool | None = None
+    """Whether plain texts get the start token; None does as the model's own `to_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _from_text(model: Any, texts: list[str], settings: TokenSettings) -> Pairs:
     if settings.parity == "paper":
         return _as_the_paper(tokenizer_of(model), texts)
     if not settings.chat:
-        return _plain(model, texts, settings.exclude_special)
+        return _plain(model, texts, settings)
     system = [{"role": "system", "content": settings.chat}] if isinstance(settings.chat, str) else []
     chats: list[list[Message]] = [[*system, {"role": "user", "content": text}] for text in texts]
     return _templated(model, chats, settings.exclude_special)
@@ -124,21 +126,22 @@ def _as_the_paper(tokenizer: Any, texts: list[str]) -> Pairs:
     return [(ids, [True] * len(ids)) for ids in tokenizer(rendered, **truncation)["input_ids"]]
 
 
-def _plain(model: Any, texts: list[str], exclude_special: bool) -> Pairs:
+def _plain(model: Any, texts: list[str], settings: TokenSettings) -> Pairs:
     tokenizer = tokenizer_of(model)
-    special = special_ids(tokenizer) if exclude_special else frozenset()
-    start = _start_token(model, tokenizer)
+    special = special_ids(tokenizer) if settings.exclude_special else frozenset()
+    start = _start_token(model, tokenizer, settings.prepend_bos)
     pairs: Pairs = []
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
         added = [] if start is None or ids[:1] == [start] else [start]
-        mask = [not exclude_special] * len(added) + [i not in special for i in ids]
+        mask = [not settings.exclude_special] * len(added) + [i not in special for i in ids]
         pairs.append((added + ids, mask))
     return pairs
 
 
-def _start_token(model: Any, tokenizer: Any) -> int | None:
-    """The id that `model.to_tokens` puts first, or None."""
-    if tokenizer.bos_token is None or not getattr(model.cfg, "default_prepend_bos", True):
+def _start_token(model: Any, tokenizer: Any, wanted: bool | None) -> int | None:
+    """The id that `model.to_tokens` puts first unless something else is `wanted`, or None."""
+    wanted = getattr(model.cfg, "default_prepend_bos", True) if wanted is None else wanted
+    if tokenizer.bos_token is None or not wanted:
         return None
     ids = tokenizer(tokenizer.bos_token, add_special_tokens=False)["input_ids"]
     return int(ids[0]) if len(ids) == 1 else None
