@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from sklearn.base import BaseEstimator, BiclusterMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -28,6 +28,8 @@ class ModuleEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Biclust
 
     n_modules: Any
     standardize: Any
+    min_active: Any = 1
+    """In how many samples a unit must be other than 0 to take part; a constructor argument of IterD."""
 
     def __sklearn_tags__(self) -> Any:
         """Say that CSR input is welcome."""
@@ -57,6 +59,16 @@ class ModuleEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Biclust
     def biclusters_(self) -> tuple[np.ndarray, np.ndarray]:
         """Indicators of the modules' samples [module, sample] and units [module, unit], as scikit-learn's."""
         return self.rows_, self.columns_
+
+    @property
+    def rows_(self) -> Bool[np.ndarray, "module sample"]:
+        """Which samples each module has; made when asked for."""
+        return np.asarray(np.arange(self.n_modules)[:, None] == self.sample_labels_)
+
+    @property
+    def columns_(self) -> Bool[np.ndarray, "module unit"]:
+        """Which units each module has; made when asked for."""
+        return np.asarray(np.arange(self.n_modules)[:, None] == self.unit_labels_)
 
     @property
     def _n_features_out(self) -> int:
@@ -94,16 +106,18 @@ class ModuleEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Biclust
         )
 
     def _statistics(self, X: Matrix) -> tuple[Standardization, Int[np.ndarray, " live"]]:
-        """Standardisation of X and the units that vary at all."""
+        """Standardisation of X and the units that take part: they vary, and are active often enough."""
         n_units = X.shape[1]
+        active = n_active(X) >= self.min_active if self.min_active > 1 else True
         if not self.standardize:
-            return Standardization.identity(n_units), np.arange(n_units)
+            return Standardization.identity(n_units), np.flatnonzero(np.broadcast_to(active, n_units))
         statistics, deviation = Standardization.fit_with_deviation(X)
-        live = np.flatnonzero(deviation >= SMALLEST_DEVIATION)
+        live = np.flatnonzero((deviation >= SMALLEST_DEVIATION) & active)
         if len(live) < self.n_modules:
+            often = f" and are active in {self.min_active} samples" if self.min_active > 1 else ""
             refuse(
                 "X",
-                got=f"a matrix in which {len(live)} of {n_units} units vary",
+                got=f"a matrix in which {len(live)} of {n_units} units vary{often}",
                 want=f"at least n_modules = {self.n_modules} that do",
                 cure="A unit with the same value in every sample can not be told from any other.",
             )
@@ -111,14 +125,20 @@ class ModuleEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Biclust
 
     def _describe(self, X: Matrix) -> None:
         """Everything that follows from the labels."""
-        names = np.arange(self.n_modules)[:, None]
         self.row_labels_, self.column_labels_ = self.sample_labels_, self.unit_labels_
-        self.rows_ = names == self.sample_labels_
-        self.columns_ = names == self.unit_labels_
         sums = block_sums(X, self.sample_labels_, self.unit_labels_, self.n_modules, self.standardization_)
-        counts = (self.rows_.sum(axis=1), self.columns_.sum(axis=1))
+        counts = [
+            module_counts(labels, self.n_modules) for labels in (self.sample_labels_, self.unit_labels_)
+        ]
         self.objective_parts_ = objective(float(np.trace(sums)), *counts)
         self.objective_ = self.objective_parts_.L
+
+
+def n_active(X: Matrix) -> Int[np.ndarray, " unit"]:
+    """In how many samples each unit is other than 0."""
+    if sparse.issparse(X):
+        return np.bincount(X.indices[X.data != 0], minlength=X.shape[1])
+    return np.asarray((X != 0).sum(0).cpu() if _is_tensor(X) else np.count_nonzero(X, axis=0))
 
 
 def empty_history() -> pd.DataFrame:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Int
+from scipy import sparse
 
 from tl_modules._checks import check_choice, check_integer, refuse
 from tl_modules.descent import Descent
@@ -43,6 +44,9 @@ class IterD(ModuleEstimator):
             result depends on the machine.
         max_iter: most iterations of one descent.
         tol: relative gain in L that a single move must exceed.
+        min_active: in how many samples a unit must be other than 0 to take part. 1 keeps out what is never
+            active. More keeps out rare features too: one that is active in a single sample goes wherever that
+            sample goes, and its z-score there, the root of the number of samples, outshouts all others.
         standardize: z-score each unit on the fly (the matrix itself stays as it is). Set to False when X
             holds z-scores already.
         random_state: seed of starts, kicks and visiting orders.
@@ -51,7 +55,7 @@ class IterD(ModuleEstimator):
     Attributes:
         sample_labels_: module of each sample, int64 [sample]; also `row_labels_`.
         unit_labels_: module of each unit, int64 [unit]; also `column_labels_`. -1 for a unit that never
-            varies: it is left out.
+            varies, or is active in fewer than `min_active` samples: it is left out.
         objective_: L. `objective_parts_` has xi, H, L and beta.
         history_: one row an iteration on the whole matrix: stage, units_moved, samples_moved, L.
         n_iter_: iterations on the whole matrix that led to the result.
@@ -75,6 +79,7 @@ class IterD(ModuleEstimator):
         time_budget: float | Any = None,
         max_iter: int | Any = 100,
         tol: float | Any = 1e-9,
+        min_active: int | Any = 1,
         standardize: bool | Any = True,
         random_state: Any = None,
         verbose: bool | Any = False,
@@ -86,6 +91,7 @@ class IterD(ModuleEstimator):
         self.time_budget = time_budget
         self.max_iter = max_iter
         self.tol = tol
+        self.min_active = min_active
         self.standardize = standardize
         self.random_state = random_state
         self.verbose = verbose
@@ -109,11 +115,15 @@ class IterD(ModuleEstimator):
         self._check_settings(X.shape)
         rng = np.random.default_rng(check_random_state(self.random_state).randint(2**31))
         self.standardization_, live = self._statistics(X)
-        view = module_sums(X, self.standardization_)
-        chain = self._descents(view, live, n_modules, rng)
+        view, columns = module_sums(X, self.standardization_), np.arange(X.shape[1])
+        if sparse.issparse(X) and len(live) < X.shape[1]:
+            # Time and memory then follow the units that take part, however many are dead.
+            view, columns, live = view.columns(live), live, np.arange(len(live))
+        chain = self._descents(view, live, columns, rng)
         best = chain[-1]
         names = self._order_of_names(best, n_modules)
-        self.sample_labels_, self.unit_labels_ = names[best.sample_labels], names[best.unit_labels]
+        self.sample_labels_, self.unit_labels_ = names[best.sample_labels], np.full(X.shape[1], -1)
+        self.unit_labels_[columns] = names[best.unit_labels]
         self.converged_ = best.converged
         self.history_ = _history(chain)
         self.n_iter_ = len(self.history_)
@@ -122,32 +132,39 @@ class IterD(ModuleEstimator):
         return self
 
     def _descents(
-        self, view: ModuleSums, live: Int[np.ndarray, " live"], n_modules: int, rng: np.random.Generator
+        self,
+        view: ModuleSums,
+        live: Int[np.ndarray, " live"],
+        columns: Int[np.ndarray, " column"],
+        rng: np.random.Generator,
     ) -> list[Descent]:
+        """Search the view, whose columns are these columns of X."""
         from tqdm.auto import tqdm
 
         deadline = np.inf if self.time_budget is None else time.monotonic() + self.time_budget
         with tqdm(total=self._n_steps(), desc="IterD", unit="step", disable=not self.verbose) as bar:
             effort = Effort(self.n_init, self.n_kicks, self.max_iter, self.tol, deadline, bar.update)
-            whole, sampled = fields(view, live, n_modules, rng)
+            whole, sampled = fields(view, live, int(self.n_modules), rng)
             if isinstance(self.init, str) and self.init == "balanced":
                 return search(whole, sampled, effort)
-            return self._one_start(whole, effort)
+            return self._one_start(whole, effort, columns)
 
-    def _one_start(self, field: Field, effort: Effort) -> list[Descent]:
-        samples, units = self._labels_to_start_from(field)
+    def _one_start(self, field: Field, effort: Effort, columns: Int[np.ndarray, " column"]) -> list[Descent]:
+        samples, units = self._labels_to_start_from(field, columns)
         first = (
             field.descend(samples, effort) if units is None else field.descend_from((samples, units), effort)
         )
         effort.tick()
         return kicked(field, first, effort, effort.n_kicks)
 
-    def _labels_to_start_from(self, field: Field) -> tuple[SampleLabels, UnitLabels | None]:
+    def _labels_to_start_from(
+        self, field: Field, columns: Int[np.ndarray, " column"]
+    ) -> tuple[SampleLabels, UnitLabels | None]:
         n_samples = field.view.shape[0]
         if not isinstance(self.init, str):
             samples, units = _pair(self.init)
             if units is not None:
-                units = np.where(np.isin(np.arange(len(units)), field.live), units, -1)
+                units = np.where(np.isin(np.arange(len(columns)), field.live), units[columns], -1)
             return samples, units
         if self.init == "random":
             return field.rng.permutation(np.arange(n_samples) % field.n_modules), None
@@ -170,7 +187,7 @@ class IterD(ModuleEstimator):
         return np.append(names, -1)
 
     def _check_settings(self, shape: tuple[int, int]) -> None:
-        for name, least in (("n_init", 1), ("n_kicks", 0), ("max_iter", 1)):
+        for name, least in (("n_init", 1), ("n_kicks", 0), ("max_iter", 1), ("min_active", 1)):
             check_integer(name, getattr(self, name), least=least)
         if not 0 <= self.tol < 1:
             refuse("tol", got=repr(self.tol), want="a relative gain in [0, 1)")

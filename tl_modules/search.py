@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tl_modules.descent import Descent, descend
-from tl_modules.starts import balanced_labels, following_units, principal_scores
+from tl_modules.starts import balanced_labels, exact_is_cheap, following_units, principal_scores
 from tl_modules.sums import ModuleSums, SampleLabels, UnitLabels
 
 RANK = 16
@@ -87,14 +87,18 @@ def fields(
 ) -> tuple[Field, Field]:
     """The whole matrix, and a random tenth of its live columns (the whole if there are few).
 
-    Both carry the principal scores of the sampled columns: they only serve to make starts.
+    Both carry the same principal scores: of all columns where these are cheap to have, or else of the sampled
+    ones, which are enough to make starts.
     """
+    exact = exact_is_cheap(view)
+    rank = max(RANK, n_modules - 1) if exact else RANK
     size = max(_FEWEST_COLUMNS, int(_COLUMN_SHARE * len(live)))
     if size >= len(live):
-        whole = Field(view, live, principal_scores(view, RANK, rng), n_modules, rng)
+        whole = Field(view, live, principal_scores(view, rank, rng), n_modules, rng)
         return whole, whole
     part = view.columns(np.sort(rng.choice(live, size, replace=False)))
-    sampled = Field(part, np.arange(size), principal_scores(part, RANK, rng), n_modules, rng, whole=False)
+    scores = principal_scores(view if exact else part, rank, rng)
+    sampled = Field(part, np.arange(size), scores, n_modules, rng, whole=False)
     return replace(sampled, view=view, live=live, whole=True), sampled
 
 

@@ -12,16 +12,29 @@ Labels = Int[np.ndarray, " item"]
 Live = Int[np.ndarray, " live"]
 Scores = Float[np.ndarray, "sample rank"]
 _LLOYD_STEPS = 10
+_MOST_SAMPLES = 4096
+_MOST_WORK = 2_000_000_000
+
+
+def exact_is_cheap(view: ModuleSums) -> bool:
+    """Whether all products of two samples can be had: few samples, and few non-zeros or few units.
+
+    Of thin features this also decides the result: what rare ones have in common drowns in an approximation.
+    """
+    return view.shape[0] <= _MOST_SAMPLES and view.gram_work() <= _MOST_WORK
 
 
 def principal_scores(view: ModuleSums, rank: int, rng: np.random.Generator) -> Scores:
-    """Scores of the samples on the leading right singular vectors, by a randomised range finder.
+    """Scores of the samples on the leading right singular vectors. The z-scored matrix is centred already.
 
-    Needs a few passes over the matrix and no copy of it (Halko, Martinsson & Tropp 2011, with two power
-    iterations). The z-scored matrix is centred already.
+    Exact where that is cheap; else a randomised range finder, which takes a few passes over the matrix and no
+    copy of it (Halko, Martinsson & Tropp 2011, with two power iterations).
     """
+    rank = max(1, min(rank, *(side - 1 for side in view.shape)))
+    if exact_is_cheap(view):
+        values, vectors = np.linalg.eigh(view.gram())
+        return vectors[:, : -rank - 1 : -1] * np.sqrt(np.maximum(values[: -rank - 1 : -1], 0))
     n_samples, n_units = view.shape
-    rank = max(1, min(rank, n_samples - 1, n_units - 1))
     width = min(rank + 8, n_samples, n_units)
     basis = np.linalg.qr(view.times(rng.standard_normal((n_units, width))))[0]
     for _ in range(2):

@@ -22,6 +22,8 @@ SampleLabels = Int[np.ndarray, " sample"]
 UnitLabels = Int[np.ndarray, " unit"]
 Moved = Int[np.ndarray, " moved"]
 _ROWS_AT_A_TIME = 256
+_COLUMNS_AT_A_TIME = 2048
+_ROWS_TO_JUDGE_BY = 64
 
 
 class ModuleSums(ABC):
@@ -52,6 +54,26 @@ class ModuleSums(ABC):
     @abstractmethod
     def columns(self, units: Moved) -> ModuleSums:
         """The same view of a few columns, copied."""
+
+    def gram_work(self) -> float:
+        """About how many multiplications `gram` takes where only non-zeros count, judged by a few rows."""
+        rows = np.unique(np.linspace(0, self.shape[0] - 1, _ROWS_TO_JUDGE_BY).astype(np.int64))
+        counts = self._active_in(rows) * (self.shape[0] / len(rows))
+        return float(np.square(counts).sum())
+
+    @abstractmethod
+    def _active_in(self, rows: Moved) -> Int[np.ndarray, " unit"]:
+        """In how many of some rows each unit is other than 0."""
+
+    def gram(self) -> Float[np.ndarray, "sample sample"]:
+        """Z @ Z.T."""
+        total = np.zeros((self.shape[0], self.shape[0]))
+        for start in range(0, self.shape[1], _COLUMNS_AT_A_TIME):
+            part = self.columns(np.arange(start, min(start + _COLUMNS_AT_A_TIME, self.shape[1])))
+            values = part.X if isinstance(part.X, np.ndarray) else part.X.cpu().numpy()
+            z = (values - part.mean) * part.weight
+            total += z @ z.T
+        return total
 
     def times(self, right: Float[np.ndarray, "unit rank"]) -> Float[np.ndarray, "sample rank"]:
         """Z @ right."""
@@ -107,6 +129,10 @@ class _CompiledSums(ModuleSums):
     def _data(self) -> Any:
         return self.X
 
+    @override
+    def _active_in(self, rows: Moved) -> Int[np.ndarray, " unit"]:
+        return np.asarray((self.X[rows] != 0).sum(axis=0))
+
 
 class DenseSums(_CompiledSums):
     """A numpy array or memory map, float32 or float64."""
@@ -128,8 +154,20 @@ class SparseSums(_CompiledSums):
         return self.X.data, self.X.indices, self.X.indptr
 
     @override
+    def gram(self) -> Float[np.ndarray, "sample sample"]:
+        weighted = sparse.csr_array(self.X.astype(np.float64).multiply(self.weight))
+        shift = weighted @ (self.mean * self.weight)
+        product = (weighted @ weighted.T).toarray() - shift[:, None] - shift
+        return np.asarray(product + np.square(self.mean * self.weight).sum())
+
+    @override
+    def _active_in(self, rows: Moved) -> Int[np.ndarray, " unit"]:
+        some = self.X[rows]
+        return np.bincount(some.indices[some.data != 0], minlength=self.shape[1])
+
+    @override
     def columns(self, units: Moved) -> SparseSums:
-        return self._of_columns(sparse.csr_array(self.X[:, units]), units)
+        return self._of_columns(_columns_of_csr(self.X, units), units)
 
 
 class TorchSums(ModuleSums):
@@ -158,6 +196,10 @@ class TorchSums(ModuleSums):
     def columns(self, units: Moved) -> TorchSums:
         return self._of_columns(self.X[:, self._index(units)], units)
 
+    @override
+    def _active_in(self, rows: Moved) -> Int[np.ndarray, " unit"]:
+        return np.asarray((self.X[self._index(rows)] != 0).sum(0).cpu().numpy())
+
     def _index(self, items: Moved) -> Any:
         import torch
 
@@ -179,6 +221,18 @@ class TorchSums(ModuleSums):
             rows = slice(start, start + _ROWS_AT_A_TIME)
             total += self.X[rows].double().T @ factor[rows]
         return np.asarray(total.cpu().numpy())
+
+
+def _columns_of_csr(X: Any, units: Moved) -> sparse.csr_array:
+    """Some columns, in one walk over the non-zeros."""
+    place = np.full(X.shape[1], -1, dtype=X.indices.dtype)
+    place[units] = np.arange(len(units))
+    new = place[X.indices]
+    kept = new >= 0
+    ends = np.concatenate([[0], np.cumsum(kept)])[X.indptr]
+    return sparse.csr_array(
+        (X.data[kept], new[kept], ends.astype(X.indptr.dtype)), shape=(X.shape[0], len(units))
+    )
 
 
 def one_hot(labels: Int[np.ndarray, " item"], n_modules: int) -> Float[np.ndarray, "item module"]:
