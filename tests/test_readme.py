@@ -1,0 +1,64 @@
+"""The README's code runs as it stands; only the model it names is a small one."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import transformer_lens
+from planted import planted_bridge
+from typer.testing import CliRunner
+
+import tl_modules.cli
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return planted_bridge()
+
+
+def test_python(planted, tmp_path, monkeypatch):
+    class Loader:
+        boot_transformers = staticmethod(lambda name: planted.model)
+        from_pretrained = staticmethod(lambda name: planted.model)
+
+    for name in ("HookedTransformer", "TransformerBridge"):
+        monkeypatch.setitem(transformer_lens.__dict__, name, Loader)
+    (code,) = blocks("python")
+    names = {"prompts": planted.prompts}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["acts"].n_samples == len(planted.prompts)
+    assert names["modules"].n_modules == 20
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_shell(planted, tmp_path, monkeypatch):
+    monkeypatch.setattr(tl_modules.cli, "_load_model", lambda name, kind: planted.model)
+    planted.prompts.to_json("prompts.jsonl", orient="records", lines=True)
+    commands = [
+        shlex.split(line)
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith("tl-modules")
+    ]
+    assert [command[1] for command in commands] == ["collect", "find", "report"]
+    for command in commands:
+        result = CliRunner().invoke(tl_modules.cli.app, command[1:])
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_make_knows_the_commands():
+    makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
+    targets = [
+        line.split()[1] for block in blocks("bash") for line in block.splitlines() if line[:4] == "make"
+    ]
+    assert targets == ["demo", "test"]
+    assert all(f"\n{target}:" in makefile for target in targets)
