@@ -14,7 +14,6 @@ from tl_modules.baselines import BASELINES, KMeansModules
 from tl_modules.evaluate import (
     CHANCE,
     SURFACE_WORDS,
-    choose_n_modules,
     compare_methods,
     evaluation_tables,
     predict_categories,
@@ -179,13 +178,17 @@ def test_stability_is_the_mean_over_pairs(train):
     assert row["L_best"] == pytest.approx(max(fit.objective_ for fit in fits))
 
 
-def test_planted_modules_are_stable_and_their_number_is_suggested():
-    acts = planted(60, 2, noise=0.3)
-    table = choose_n_modules(acts, [8, 3, 5], method=QUICK["iterd"], progress=False)
-    assert table["n_modules"].tolist() == [3, 5, 8]
-    assert table.loc[0, ["units_ari", "samples_ari"]].tolist() == [1.0, 1.0]
-    assert table["suggested"].tolist() == [True, False, False]
-    np.testing.assert_allclose(table["xi_beta"], table["xi"] * table["beta"])
+def test_units_that_are_left_out_do_not_count_as_agreeing(train):
+    dead = UnitActivations(np.hstack([train.X, 0 * train.X]), train.samples, _twice(train.units), {})
+    alive, all_units = (
+        stability(acts, 3, seeds=[0, 1], method=QUICK["iterd"], progress=False) for acts in (train, dead)
+    )
+    assert alive.loc[0, "units_ari"] < 0.99
+    assert all_units.loc[0, "units_ari"] == pytest.approx(alive.loc[0, "units_ari"], abs=0.15)
+
+
+def _twice(units):
+    return pd.concat([units, units.assign(hook_name="blocks.1.mlp.hook_post", layer=1)])
 
 
 def test_the_given_estimator_is_left_unfitted(train):

@@ -93,6 +93,7 @@ def test_statistics_equal_a_plain_restatement(left_out):
         own = [np.mean([Z[a, b] for b in range(len(u)) if u[b] == k]) for k in range(3)]
         assert modules.sample_scores[a] == pytest.approx(own, abs=1e-6)
     for b in range(len(u)):
+        assert modules.unit_means[b] == pytest.approx([Z[s == k, b].mean() for k in range(3)], abs=1e-6)
         inside = [Z[a, b] for a in range(len(s)) if s[a] == u[b]]
         others = [Z[a, b] for a in range(len(s)) if s[a] not in (-1, u[b])]
         if u[b] >= 0:
@@ -106,7 +107,7 @@ def test_sparse_activations_give_the_same_modules(left_out):
     modules, acts = planted_modules(left_out=left_out), planted_activations()
     stored = UnitActivations(sparse.csr_array(acts.X), acts.samples, acts.units, acts.source)
     again = Modules.from_estimator(fitted(stored, modules.sample_labels, modules.unit_labels, 3), stored)
-    for name in ("heat_map", "sample_scores", "unit_strengths"):
+    for name in ("heat_map", "sample_scores", "unit_means", "unit_strengths"):
         assert getattr(again, name) == pytest.approx(getattr(modules, name), abs=1e-5, nan_ok=True)
     assert again.transform(stored) == pytest.approx(modules.transform(acts), abs=1e-5)
 
@@ -239,7 +240,7 @@ def test_save_and_load_are_bit_identical(tmp_path):
     modules = planted_modules(left_out=True).renamed({0: "code"})
     modules.save(tmp_path / "a" / "found")
     again = Modules.load(tmp_path / "a" / "found")
-    for name in ("unit_labels", "sample_labels", "heat_map", "sample_scores", "unit_strengths"):
+    for name in ("unit_labels", "sample_labels", "heat_map", "sample_scores", "unit_means"):
         mine, theirs = getattr(modules, name), getattr(again, name)
         assert mine.dtype == theirs.dtype and mine.tobytes() == theirs.tobytes()
     assert again.standardization.scale.tobytes() == modules.standardization.scale.tobytes()
@@ -309,7 +310,7 @@ def test_foreign_newer_and_incomplete_manifests_are_refused(tmp_path, key, value
 
 def test_parts_that_do_not_fit_together_are_refused(tmp_path):
     modules = planted_modules()
-    arrays = {name: getattr(modules, name) for name in ("heat_map", "sample_scores", "unit_strengths")}
+    arrays = {name: getattr(modules, name) for name in ("heat_map", "sample_scores", "unit_means")}
     arrays |= {"unit_labels": modules.unit_labels + 9, "sample_labels": modules.sample_labels}
     arrays |= {"objective": np.array(modules.objective), **modules.standardization._asdict()}
     tables = {"units": modules.units, "samples": modules.samples, "history": modules.history}

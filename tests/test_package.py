@@ -16,15 +16,19 @@ PACKAGE = Path(tl_modules.__file__).parent
 ROOMS = [
     *("_version", "_checks", "_kernels", "objective", "standardize", "sums"),
     *("_weights", "_hooks", "host", "prefix", "sites", "bases"),
+    *("_saes", "_places", "features"),
     *("_store", "activations"),
     *("prompts", "tokens", "reductions", "batches", "_rows", "_sparse_rows", "collection"),
     *("descent", "starts", "search", "estimator", "iterd", "baselines", "methods"),
-    *("words", "_module_facts", "_modules_io", "modules", "find", "evaluate"),
-    *("viz.figure", "viz.panels", "viz.html", "viz.report", "viz"),
-    *("demo", "prompt_files", "cli", "__main__"),
+    *("agreement", "membership", "null"),
+    *("words", "_module_facts", "_modules_io", "_tables", "module", "modules", "find", "evaluate"),
+    *("sweep", "hierarchy"),
+    *("_module_points", "_sae_points", "unit_cache", "_carries_modules", "hooked"),
+    *("viz.figure", "viz.panels", "viz.sweep", "viz.hierarchy", "viz.html", "viz.report", "viz"),
+    *("demo", "demo_features", "prompt_files", "cli", "__main__"),
 ]
-DRAWN_BY_METHODS = {("modules", "viz")}
-"""`Modules.plot` and `Modules.report` hand themselves to the room that draws."""
+DRAWN_BY_METHODS = {("module", "viz"), ("modules", "viz"), ("sweep", "viz"), ("hierarchy", "viz")}
+"""`plot` and `report` hand themselves to the room that draws."""
 
 
 def room(path: Path) -> str:

@@ -119,3 +119,41 @@ def test_bad_paths_and_numbers_are_refused_and_leave_nothing(tmp_path):
     with pytest.raises(InputError, match="n_units"):
         write_report(modules, tmp_path / "report.html", n_units=0)
     assert not list(tmp_path.iterdir())
+
+
+def features_of(neuronpedia: str) -> Modules:
+    """The planted modules as if their units of layer 1 were features of an SAE on Neuronpedia."""
+    acts = planted_activations()
+    acts.units["neuronpedia"] = np.where(acts.units["layer"] == 1, neuronpedia, "")
+    acts.units["sae"] = acts.units["neuronpedia"]
+    return Modules.from_estimator(_of(acts), acts)
+
+
+def test_features_that_neuronpedia_knows_have_links(tmp_path):
+    modules = features_of("gemma-2-2b/1-gemmascope-res-16k")
+    _, elements = page_of(modules, tmp_path, n_units=4)
+    links = [a["href"] for tag, a in elements.tags if tag == "a" and "neuronpedia" in a.get("href", "")]
+    shown = [module.units.head(4) for module in modules]
+    known = [units.loc[units["layer"] == 1, "index"] for units in shown]
+    expected = [f"https://neuronpedia.org/gemma-2-2b/1-gemmascope-res-16k/{i}" for own in known for i in own]
+    assert links == expected
+    assert 0 < len(links) < 12  # the units of other layers have none
+    for module in modules:
+        card = Elements(module._repr_html_())
+        assert sum(tag == "a" for tag, _ in card.tags) == (module.units.head(12)["layer"] == 1).sum()
+
+
+def test_an_id_cannot_break_out_of_its_link(tmp_path):
+    _, elements = page_of(features_of('"><script>alert(1)</script><a href="javascript:x'), tmp_path)
+    links = [a["href"] for tag, a in elements.tags if tag == "a" and not a["href"].startswith("#")]
+    assert all(link == PAPER or link.startswith("https://neuronpedia.org/%22%3E%3Cscript") for link in links)
+    plain = page_of(planted_modules(), tmp_path)[1]
+    counts = [sum(tag == "script" for tag, _ in page.tags) for page in (plain, elements)]
+    assert counts[0] == counts[1]
+
+
+def test_facts_about_each_sae_are_listed(tmp_path):
+    acts = planted_activations()
+    acts.source["saes"] = [{"name": "first", "d_sae": 7}, {"name": "second", "d_sae": 9}]
+    _, elements = page_of(Modules.from_estimator(_of(acts), acts), tmp_path)
+    assert "activations.saes.0.name" in elements.text and "activations.saes.1.d_sae" in elements.text

@@ -18,18 +18,27 @@ if TYPE_CHECKING:
     from tl_modules.collection import collect
     from tl_modules.demo import load_demo_model, load_demo_prompts
     from tl_modules.evaluate import compare_methods, predict_categories, stability
+    from tl_modules.features import FeatureBasis
     from tl_modules.find import find_modules
+    from tl_modules.hierarchy import nested_modules, split_table
+    from tl_modules.hooked import HookedModuleTransformer, ModuleTransformerBridge
     from tl_modules.iterd import IterD
-    from tl_modules.modules import Module, Modules
+    from tl_modules.module import Module
+    from tl_modules.modules import Modules
+    from tl_modules.null import null_distribution
     from tl_modules.sites import Basis
+    from tl_modules.sweep import sweep_modules
     from tl_modules.viz.report import write_report
 
 _ROOM_OF = {
     "BASELINES": "baselines",
     "Basis": "sites",
+    "FeatureBasis": "features",
     "HeadBasis": "bases",
+    "HookedModuleTransformer": "hooked",
     "IterD": "iterd",
-    "Module": "modules",
+    "Module": "module",
+    "ModuleTransformerBridge": "hooked",
     "Modules": "modules",
     "NeuronBasis": "bases",
     "TLModulesError": "_checks",
@@ -39,17 +48,24 @@ _ROOM_OF = {
     "find_modules": "find",
     "load_demo_model": "demo",
     "load_demo_prompts": "demo",
+    "nested_modules": "hierarchy",
+    "null_distribution": "null",
     "predict_categories": "evaluate",
+    "split_table": "hierarchy",
     "stability": "evaluate",
+    "sweep_modules": "sweep",
     "write_report": "viz.report",
 }
 
 __all__ = [
     "BASELINES",
     "Basis",
+    "FeatureBasis",
     "HeadBasis",
+    "HookedModuleTransformer",
     "IterD",
     "Module",
+    "ModuleTransformerBridge",
     "Modules",
     "NeuronBasis",
     "TLModulesError",
@@ -60,8 +76,12 @@ __all__ = [
     "find_modules",
     "load_demo_model",
     "load_demo_prompts",
+    "nested_modules",
+    "null_distribution",
     "predict_categories",
+    "split_table",
     "stability",
+    "sweep_modules",
     "write_report",
 ]
 

@@ -109,7 +109,7 @@ def _step(parent: Any, part: str) -> Any:
     targets = (getattr(parent, "hook_aliases", None) or {}).get(part, ())
     for target in [targets] if isinstance(targets, str) else targets:
         point = _walk(parent, target)
-        if _is_hook_point(point):
+        if _is_hook_point(point) or hasattr(point, "hook_sae_output"):
             return point
     return getattr(parent, part, None)
 

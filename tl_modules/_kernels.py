@@ -288,3 +288,26 @@ def sweep(sums, labels, counts, other_counts, order, tolerance):  # type: ignore
                 block = float(counts[k]) * other_counts[k]
                 join[k] = 1.0 / (block + other_counts[k] + EPSILON) - 1.0 / (block + EPSILON)
     return total, n_modules * total / ((cells + EPSILON) * inverse)
+
+
+@njit(cache=True)
+def rows_without_replacement(uniform, indptr, n_rows):  # type: ignore[no-untyped-def]
+    """Distinct random rows for the entries of each column, by Fisher and Yates' shuffle broken off early.
+
+    Args:
+        uniform: a random number in [0, 1) for each entry.
+        indptr: where each column's entries begin, and the end.
+        n_rows: rows to draw from.
+
+    Returns:
+        A row for each entry; any order of any rows of a column is equally likely.
+    """
+    deck = np.arange(n_rows)
+    rows = np.empty(len(uniform), dtype=np.int64)
+    for j in range(len(indptr) - 1):
+        for p in range(indptr[j], indptr[j + 1]):
+            top = p - indptr[j]
+            drawn = top + int(uniform[p] * (n_rows - top))
+            rows[p] = deck[drawn]
+            deck[drawn], deck[top] = deck[top], deck[drawn]
+    return rows

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from tl_modules._checks import check_choice, refuse
 from tl_modules._version import __version__
 from tl_modules.activations import UnitActivations
-from tl_modules.objective import block_means, module_counts
+from tl_modules.objective import Objective, block_means, module_counts
 from tl_modules.standardize import Standardization
 from tl_modules.sums import module_sums, one_hot
 
@@ -26,7 +26,7 @@ ShareOf = Literal["module", "layer", "category"] | None
 def statistics(
     X: Any, sample_labels: np.ndarray, unit_labels: np.ndarray, n_modules: int, standardization: Any
 ) -> dict[str, Any]:
-    """Heat map, sample scores and unit strengths from two passes over X."""
+    """Heat map, sample scores and unit means from two passes over X."""
     # Samples that were left out get a module of their own, which is then cut off.
     kept = np.where(sample_labels >= 0, sample_labels, n_modules)
     view = module_sums(X, Standardization(*standardization))
@@ -36,20 +36,45 @@ def statistics(
     return {
         "heat_map": block_means(one_hot(sample_labels, n_modules).T @ sample_sums, rows, columns),
         "sample_scores": ratio(sample_sums, columns),
-        "unit_strengths": _strengths(unit_sums, unit_labels, rows),
+        "unit_means": ratio(unit_sums, rows).astype(np.float32),
     }
 
 
-def _strengths(
-    unit_sums: Float[np.ndarray, "unit module"],
+def strengths(
+    unit_means: Float[np.ndarray, "unit module"],
     unit_labels: Int[np.ndarray, " unit"],
     n_samples: Int[np.ndarray, " module"],
 ) -> Float[np.ndarray, " unit"]:
     """Mean over the own module's samples minus mean over the others'; nan for a unit that was left out."""
-    own = unit_sums[np.arange(len(unit_labels)), unit_labels]
+    own = unit_means[np.arange(len(unit_labels)), unit_labels].astype(np.float64)
     inside = n_samples[unit_labels]
-    others = ratio(unit_sums.sum(axis=1) - own, n_samples.sum() - inside)
-    return np.where(unit_labels >= 0, ratio(own, inside) - others, np.nan)
+    others = ratio(unit_means @ n_samples.astype(np.float64) - own * inside, n_samples.sum() - inside)
+    return np.where(unit_labels >= 0, own - others, np.nan)
+
+
+def facts_of(estimator: Any, acts: UnitActivations) -> dict[str, Any]:
+    """The fields of `Modules` for a fitted estimator and the activations that it was fitted on."""
+    if not hasattr(estimator, "unit_labels_"):
+        refuse("estimator", got=type(estimator).__name__, want="a fitted one", cure="Call fit first.")
+    unit_labels = np.array(estimator.unit_labels_, dtype=np.int64)
+    sample_labels = np.array(estimator.sample_labels_, dtype=np.int64)
+    if (len(sample_labels), len(unit_labels)) != acts.X.shape:
+        fitted = f"labels for {len(sample_labels)} samples and {len(unit_labels)} units"
+        refuse("estimator", got=fitted, want=f"one fitted on these activations, {acts.X.shape}")
+    largest = 1 + int(max(unit_labels.max(), sample_labels.max()))
+    n_modules = max(int(getattr(estimator, "n_modules", 0)), largest)
+    return {
+        "unit_labels": unit_labels,
+        "sample_labels": sample_labels,
+        "units": acts.units.reset_index(drop=True),
+        "samples": acts.samples.reset_index(drop=True),
+        **statistics(acts.X, sample_labels, unit_labels, n_modules, estimator.standardization_),
+        "objective": Objective(*map(float, estimator.objective_parts_)),
+        "history": estimator.history_.reset_index(drop=True),
+        "converged": bool(estimator.converged_),
+        "standardization": Standardization(*(np.array(a, np.float64) for a in estimator.standardization_)),
+        "source": source_of(estimator, acts),
+    }
 
 
 def block_table(
@@ -113,16 +138,23 @@ def check_labels(name: str, labels: np.ndarray, n_modules: int) -> None:
         refuse(name, got=got, want=f"labels from -1 (left out) to {n_modules - 1}")
 
 
-def check_same_units(own: pd.DataFrame, other: pd.DataFrame) -> None:
+def check_same_units(own: pd.DataFrame, other: pd.DataFrame, argument: str = "acts") -> None:
     """Refuse activations of other units, or of the same in another order."""
     cure = "Collect with the same model, basis and layers."
     if len(own) != len(other):
-        refuse("acts", got=f"{len(other)} units", want=f"the {len(own)} units of these modules", cure=cure)
+        refuse(argument, got=f"{len(other)} units", want=f"the {len(own)} units of these modules", cure=cure)
     differs = (own[_IDENTITY].to_numpy() != other[_IDENTITY].to_numpy()).any(axis=1)
     if differs.any():
         first = int(differs.argmax())
         got = f"{other['label'].iloc[first]} in column {first}"
-        refuse("acts", got=got, want=f"{own['label'].iloc[first]} there, as in these modules", cure=cure)
+        refuse(argument, got=got, want=f"{own['label'].iloc[first]} there, as in these modules", cure=cure)
+
+
+def check_own_activations(units: pd.DataFrame, n_samples: int, acts: UnitActivations) -> None:
+    """Refuse activations that modules of these units and so many samples were not found in."""
+    check_same_units(units, acts.units)
+    if acts.n_samples != n_samples:
+        refuse("acts", got=f"{acts.n_samples} samples", want=f"the {n_samples} samples of these modules")
 
 
 def source_of(estimator: Any, acts: UnitActivations) -> dict[str, Any]:

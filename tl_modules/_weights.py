@@ -7,6 +7,7 @@ norm, so that no convention of storing them (gain, or gain minus one) has to be 
 from __future__ import annotations
 
 import math
+import zlib
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 # Centred weights of half precision have means of about 1e-3 of this ratio's unit; uncentred ones of about 1.
 _CENTERED_BELOW = 0.05
 _PROBE_SIZE = 1e3
+_NUMBERS_AT_A_TIME = 1 << 22
 
 
 def mlp_write_matrix(model: Any, layer: int) -> Float[Tensor, "d_mlp d_model"]:
@@ -145,3 +147,12 @@ def _value_biases_are_folded(model: Any) -> bool | str:
     biases = [getattr(block.attn, "b_V", None) for block in model.blocks]
     left = any(bias is not None and bool(bias.detach().any()) for bias in biases)
     return False if left else "unknown"
+
+
+def weights_checksum(module: Any) -> int:
+    """CRC-32 of all parameters of a model or SAE, so that a store is not continued with another one."""
+    value = 0
+    for parameter in module.parameters():
+        for piece in parameter.detach().reshape(-1).split(_NUMBERS_AT_A_TIME):
+            value = zlib.crc32(piece.cpu().view(torch.uint8).numpy(), value)
+    return value

@@ -79,6 +79,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("report.html"),
     seed: Seed = 0,
     kind: Kind = "hooked",
+    basis: Annotated[
+        str, typer.Option(help='"neurons", or "features" of the SAEs and transcoders.')
+    ] = "neurons",
 ) -> None:
     """Find the modules of SmolLM2-135M over the demo prompts and write a report."""
     from tl_modules.collection import collect
@@ -86,10 +89,17 @@ def demo(
     from tl_modules.find import find_modules
 
     check_choice("--kind", kind, KINDS)
+    check_choice("--basis", basis, ("neurons", "features"))
     _check_folder_of(out)
     typer.echo("Loading SmolLM2-135M-Instruct ...")
-    acts = collect(load_demo_model(kind), load_demo_prompts())
-    typer.echo(f"Finding {n_modules} modules among {acts.n_units:,} neurons ...")
+    if basis == "features":
+        from tl_modules.demo_features import load_demo_features
+
+        # The features were not trained on the first position of a text, which the template then takes.
+        acts = collect(load_demo_model(kind), load_demo_prompts(), load_demo_features(), chat=True)
+    else:
+        acts = collect(load_demo_model(kind), load_demo_prompts())
+    typer.echo(f"Finding {n_modules} modules among {acts.n_units:,} {basis} ...")
     modules = find_modules(acts, n_modules, random_state=seed, verbose=True)
     report = modules.report(out)
     _print_table(modules.summary())

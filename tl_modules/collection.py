@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from tl_modules._checks import check_choice, check_integer, refuse
 from tl_modules._rows import Rows, RowsInMemory, RowsOnDisk, finished
 from tl_modules._sparse_rows import SparseRowsInMemory, SparseRowsOnDisk
 from tl_modules._version import __version__
+from tl_modules._weights import weights_checksum
 from tl_modules.activations import UnitActivations
 from tl_modules.bases import as_basis
 from tl_modules.batches import MOST_ROWS, Batch, Sequences, assemble, different, plan
@@ -28,8 +29,6 @@ from tl_modules.prompts import read_prompts
 from tl_modules.reductions import REDUCTIONS, Reduction
 from tl_modules.sites import Basis, Site, units_of
 from tl_modules.tokens import TokenizedPrompts, TokenSettings, tokenize
-
-_NUMBERS_AT_A_TIME = 1 << 22
 
 Values = Any
 """A batch's finished rows: a numpy array, or a CSR array when the basis has features."""
@@ -109,6 +108,7 @@ def collect(
     _check_threshold(threshold, sites)
     units = units_of(sites)
     tokenized = tokenize(model, read_prompts(prompts), settings)
+    _warn_of_length(basis.context_size, int(tokenized.samples["n_tokens"].max()))
     source = describe(model).source()
     batch_tokens = _batch_tokens(batch_tokens, source["device"])
     source |= basis.source(model) | {
@@ -121,13 +121,22 @@ def collect(
         "package_version": __version__,
     }
     if store is not None:
-        source["weights_crc32"] = _weights_checksum(model)
+        source["weights_crc32"] = weights_checksum(model)
         if (result := finished(Path(store), source)) is not None:
             return result
     rows = _rows(store, (len(tokenized.tokens), len(units)), source, is_sparse=_is_sparse(sites))
     sequences = different(tokenized.tokens, tokenized.counted)
     _Pass(model, sites, REDUCTIONS[reduce], threshold).run(sequences, rows, batch_tokens, progress)
     return rows.finish(tokenized.samples, units)
+
+
+def _warn_of_length(context_size: int | None, longest: int) -> None:
+    if context_size is not None and longest > context_size:
+        message = (
+            f"Prompts have up to {longest} tokens, the SAEs were trained on {context_size} (context_size): "
+            f"features may mean little beyond. Cut prompts with max_length={context_size}."
+        )
+        warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def _rows(
@@ -221,7 +230,7 @@ class _Pass:
 
     def _run_prefix(self, sequences: Sequences) -> PrefixState | None:
         n_prefix = sequences.shared_prefix()
-        if n_prefix == 0:
+        if n_prefix == 0 or any(site.whole_prompts for site in self._sites):
             return None
         self._expect(torch.from_numpy(sequences.counted[0][None, :n_prefix]))
         state = prefix_cache(
@@ -267,12 +276,3 @@ def _digest(tokenized: TokenizedPrompts) -> str:
     for ids, mask in zip(tokenized.tokens, tokenized.counted, strict=True):
         digest.update(ids.tobytes() + mask.tobytes())
     return digest.hexdigest()
-
-
-def _weights_checksum(model: Any) -> int:
-    """CRC-32 of all parameters, so that a store is not continued with another checkpoint."""
-    value = 0
-    for parameter in model.parameters():
-        for piece in parameter.detach().reshape(-1).split(_NUMBERS_AT_A_TIME):
-            value = zlib.crc32(piece.cpu().view(torch.uint8).numpy(), value)
-    return value

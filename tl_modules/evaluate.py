@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from tl_modules._checks import check_choice, refuse
 from tl_modules.activations import UnitActivations
+from tl_modules.agreement import rand_index
 from tl_modules.methods import PAPER_MODULES, Fit, Methods, fit_methods
 from tl_modules.objective import Objective
 
@@ -112,7 +113,7 @@ def predict_categories(
     """
     _check_prediction(train, test, classifier)
     fits = fit_methods(train, n_modules, methods, random_state=random_state, progress=progress)
-    return _prediction_table(fits, train, test, classifier)
+    return prediction_table(fits, train, test, classifier)
 
 
 def evaluation_tables(
@@ -154,7 +155,7 @@ def evaluation_tables(
     fits = fit_methods(train, n_modules, methods, random_state=random_state, progress=progress)
     tables = {"objective": _objective_table(fits)}
     if test is not None:
-        tables["prediction"] = _prediction_table(fits, train, test, CLASSIFIERS)
+        tables["prediction"] = prediction_table(fits, train, test, CLASSIFIERS)
     return tables
 
 
@@ -194,60 +195,13 @@ def stability(
            n_modules  units_ari  samples_ari
         0          2        1.0          1.0
     """
-    seeds = list(seeds)
-    if len(set(seeds)) < 2:
-        refuse("seeds", got=seeds, want="at least two different seeds")
+    seeds = checked_seeds(seeds)
     counts = [n_modules] if isinstance(n_modules, int) else list(n_modules)
     methods = [method] if isinstance(method, str) else {type(method).__name__: method}
     fits: list[Fit] = []
     for seed in tqdm(seeds, desc="seeds", disable=not progress):
         fits += fit_methods(acts, counts, methods, random_state=seed, progress=False)
     return pd.DataFrame([_agreement(count, fits) for count in counts])
-
-
-def choose_n_modules(
-    acts: UnitActivations,
-    candidates: Sequence[int] = PAPER_MODULES,
-    *,
-    seeds: Sequence[int] = (0, 1, 2),
-    method: Any = "iterd",
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Advice on the number of modules: the one whose modules a change of seed harms least.
-
-    L falls with about the square of the number of modules, so it cannot choose; xi * beta has no size in it.
-
-    Args:
-        acts: activations to decompose.
-        candidates: numbers of modules to try.
-        seeds: at least two seeds.
-        method: name of a method, or an estimator, of which copies are fitted.
-        progress: show a progress bar.
-
-    Returns:
-        The table of `stability`, with the columns xi_beta (xi * beta) and suggested: true where the mean of
-        units_ari and samples_ari is highest, the larger number of modules on ties.
-
-    Raises:
-        InputError: as `stability`.
-
-    Example:
-        >>> X = np.kron(np.eye(3), np.ones((6, 9))) + np.random.default_rng(0).random((18, 27)) / 4
-        >>> samples = pd.DataFrame({"text": np.repeat(["a poem", "def f", "1 + 1"], 6), "n_tokens": 2})
-        >>> units = pd.DataFrame({"layer": 0, "kind": "neuron", "index": range(27),
-        ...                       "hook_name": "h", "label": ""})
-        >>> acts = UnitActivations(X.astype(np.float32), samples, units, {})
-        >>> table = choose_n_modules(acts, [3, 6], method="k-means", progress=False)
-        >>> table[["n_modules", "suggested"]]
-           n_modules  suggested
-        0          3       True
-        1          6      False
-    """
-    table = stability(acts, sorted(candidates), seeds=seeds, method=method, progress=progress)
-    table["xi_beta"] = table["xi"] * table["beta"]
-    steadiness = (table["units_ari"] + table["samples_ari"]).round(6)
-    table["suggested"] = table.index == steadiness[steadiness == steadiness.max()].index[-1]
-    return table
 
 
 def _objective_table(fits: Sequence[Fit]) -> pd.DataFrame:
@@ -260,9 +214,10 @@ def _objective_table(fits: Sequence[Fit]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "n_modules", *Objective._fields, "seconds"])
 
 
-def _prediction_table(
+def prediction_table(
     fits: Sequence[Fit], train: UnitActivations, test: UnitActivations, classifier: str | Sequence[str]
 ) -> pd.DataFrame:
+    """See `predict_categories`, for methods that are fitted to `train` already."""
     answers, truth = _categories("train", train), _categories("test", test)
     rows = []
     for fit in fits:
@@ -352,13 +307,9 @@ def _chance(answers: list[str], truth: list[str]) -> dict[str, float]:
 
 
 def _agreement(n_modules: int, fits: Sequence[Fit]) -> dict[str, int | float]:
-    from sklearn.metrics import adjusted_rand_score
-
     estimators = [fit.estimator for fit in fits if fit.n_modules == n_modules]
-    pairs = list(combinations(estimators, 2))
     parts = [estimator.objective_parts_ for estimator in estimators]
-    units = [adjusted_rand_score(a.unit_labels_, b.unit_labels_) for a, b in pairs]
-    samples = [adjusted_rand_score(a.sample_labels_, b.sample_labels_) for a, b in pairs]
+    units, samples = pairwise_agreement(estimators)
     return {
         "n_modules": n_modules,
         "units_ari": float(np.mean(units)),
@@ -366,3 +317,18 @@ def _agreement(n_modules: int, fits: Sequence[Fit]) -> dict[str, int | float]:
         **dict(zip(Objective._fields, np.mean(parts, axis=0).tolist(), strict=True)),
         "L_best": max(part.L for part in parts),
     }
+
+
+def checked_seeds(seeds: Sequence[int]) -> list[int]:
+    """Seeds as a list, once there are two different ones to compare."""
+    seeds = list(seeds)
+    if len(set(seeds)) < 2:
+        refuse("seeds", got=seeds, want="at least two different seeds")
+    return seeds
+
+
+def pairwise_agreement(estimators: Sequence[Any]) -> tuple[list[float], list[float]]:
+    """Adjusted Rand index of unit labels and of sample labels for each pair of fitted estimators."""
+    pairs = list(combinations(estimators, 2))
+    units = [rand_index(a.unit_labels_, b.unit_labels_) for a, b in pairs]
+    return units, [rand_index(a.sample_labels_, b.sample_labels_) for a, b in pairs]

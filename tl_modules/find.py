@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from tl_modules._checks import check_choice, check_integer, nearest, refuse
+from tl_modules._checks import check_integer
 from tl_modules.activations import UnitActivations
-from tl_modules.methods import named_estimators
+from tl_modules.methods import checked_counts, configured
 from tl_modules.modules import Modules
+from tl_modules.null import null_distribution
 
 
 def find_modules(
@@ -18,6 +20,7 @@ def find_modules(
     *,
     method: Any = "iterd",
     random_state: int | np.random.RandomState | None = 0,
+    n_null: int = 0,
     progress: bool = True,
     **settings: Any,
 ) -> Modules:
@@ -31,6 +34,8 @@ def find_modules(
         method: "iterd", the name of a baseline ("k-means", "spectral", ...), or an estimator, of which a
             copy is fitted.
         random_state: seed of everything random in the method.
+        n_null: permuted copies of the activations to decompose too, so that `summary()` can say how far L
+            and xi lie above what there is without structure; 0 for none. See `null_distribution`.
         progress: show a progress bar, if the method has one.
         **settings: further settings of the method, such as `n_kicks=20` for IterD.
 
@@ -56,27 +61,15 @@ def find_modules(
         >>> sorted(modules.words(1)), sorted(modules.n_samples.tolist())
         ([['def'], ['poem']], [10, 10])
     """
-    cure = "A module needs a sample and a unit at least."
-    n_modules = check_integer("n_modules", n_modules, least=2, most=min(acts.X.shape), cure=cure)
-    settings = {"n_modules": n_modules, "random_state": random_state, **settings}
-    estimator = _estimator(method)
-    known = estimator.get_params()
-    if "verbose" in known:
-        settings.setdefault("verbose", progress)
-    for name in settings:
-        if name not in known:
-            close = nearest(name, known) or sorted(known)
-            refuse("settings", got=f"{name}=", want=f"a setting of {type(estimator).__name__}: {close}")
-    return Modules.from_estimator(estimator.set_params(**settings).fit(acts.X), acts)
-
-
-def _estimator(method: Any) -> Any:
-    """An unfitted estimator by name, or a copy of the one given."""
-    if isinstance(method, str):
-        known = named_estimators()
-        return known[check_choice("method", method, known)]
-    if not all(hasattr(method, name) for name in ("fit", "get_params", "set_params")):
-        refuse("method", got=repr(method), want="the name of a method or a scikit-learn estimator")
-    from sklearn.base import clone
-
-    return clone(method)
+    [n_modules] = checked_counts([n_modules], acts)
+    if n_null:
+        check_integer("n_null", n_null, least=2)
+    settings = {"random_state": random_state, **settings}
+    estimator = configured(method, {"n_modules": n_modules, **settings})
+    if "verbose" in estimator.get_params() and "verbose" not in settings:
+        estimator.set_params(verbose=progress)
+    modules = Modules.from_estimator(estimator.fit(acts.X), acts)
+    if not n_null:
+        return modules
+    shared = {"n_permutations": n_null, "method": method, "progress": progress, **settings}
+    return replace(modules, null=null_distribution(acts, n_modules, **shared))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from tl_modules._checks import check_choice, check_integer, refuse
+from tl_modules._checks import check_choice, check_integer, nearest, refuse
 from tl_modules.activations import UnitActivations
 
 PAPER_MODULES = (5, 10, 15, 20)
@@ -64,19 +64,72 @@ def fit_methods(
         >>> fit.method, fit.estimator.unit_labels_.shape
         ('k-means', (18,))
     """
-    from sklearn.base import clone
-
-    counts = _checked_counts(n_modules, acts)
+    counts = checked_counts(n_modules, acts)
     estimators = named_estimators(methods)
     fits = []
     bar = tqdm([(count, name) for count in counts for name in estimators], desc="fit", disable=not progress)
     for count, name in bar:
         bar.set_postfix_str(f"{name}, {count} modules")
-        estimator = clone(estimators[name]).set_params(n_modules=count, random_state=random_state)
-        start = time.perf_counter()
-        estimator.fit(acts.X)
-        fits.append(Fit(name, count, estimator, time.perf_counter() - start))
+        fits.append(timed_fit(name, estimators[name], count, random_state, acts.X))
     return fits
+
+
+def timed_fit(name: str, estimator: Any, n_modules: int, random_state: Any, X: Any) -> Fit:
+    """Fit a copy of an estimator to a matrix [sample, unit], and time it."""
+    from sklearn.base import clone
+
+    copy = clone(estimator).set_params(n_modules=n_modules, random_state=random_state)
+    start = time.perf_counter()
+    copy.fit(X)
+    return Fit(name, n_modules, copy, time.perf_counter() - start)
+
+
+def configured(method: Any, settings: Mapping[str, Any]) -> Any:
+    """An unfitted estimator with settings: by its name, or a copy of the one given.
+
+    Raises:
+        InputError: an unknown method, or a setting that it does not have.
+
+    Example:
+        >>> configured("iterd", {"n_kicks": 3}).n_kicks
+        3
+    """
+    estimator = _estimator(method)
+    known = estimator.get_params()
+    for name in settings:
+        if name not in known:
+            close = nearest(name, known) or sorted(known)
+            refuse("settings", got=f"{name}=", want=f"a setting of {type(estimator).__name__}: {close}")
+    return estimator.set_params(**settings)
+
+
+def _estimator(method: Any) -> Any:
+    if isinstance(method, str):
+        known = named_estimators()
+        return known[check_choice("method", method, known)]
+    if not all(hasattr(method, name) for name in ("fit", "get_params", "set_params")):
+        refuse("method", got=repr(method), want="the name of a method or a scikit-learn estimator")
+    from sklearn.base import clone
+
+    return clone(method)
+
+
+def repeated(source: Mapping[str, Any]) -> Any:
+    """The unfitted estimator that made a decomposition, from the `source` of its `Modules`.
+
+    Raises:
+        InputError: it was made by something else than the package's own methods.
+
+    Example:
+        >>> repeated({"method": "IterD", "settings": {"n_kicks": 3}}).n_kicks
+        3
+    """
+    known = {type(estimator).__name__: estimator for estimator in named_estimators().values()}
+    method = source.get("method")
+    if method not in known:
+        cure = "Fit it with other seeds yourself and compare."
+        refuse("n_seeds", got=f"modules made by {method}", want=f"modules of {list(known)}", cure=cure)
+    return known[method].set_params(**source["settings"])
 
 
 def named_estimators(methods: Methods = None) -> dict[str, Any]:
@@ -105,7 +158,12 @@ def named_estimators(methods: Methods = None) -> dict[str, Any]:
     return {check_choice("methods", name, known): known[name]() for name in names}
 
 
-def _checked_counts(n_modules: Sequence[int], acts: UnitActivations) -> list[int]:
+def checked_counts(n_modules: Sequence[int], acts: UnitActivations) -> list[int]:
+    """Numbers of modules as a list, once each fits the activations.
+
+    Raises:
+        InputError: there are none, or one is below 2 or above the number of samples or units.
+    """
     counts = list(n_modules)
     if not counts:
         refuse("n_modules", got="nothing", want="at least one number of modules")

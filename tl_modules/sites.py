@@ -25,6 +25,8 @@ class Site(ABC):
     """What stands between layer and index in a label: L3N17."""
     sparse: bool = False
     """Whether most values are zero, so that only the others are kept."""
+    whole_prompts: bool = False
+    """Whether values depend on earlier positions, so that a prompt must be run from its first token."""
 
     def __init__(self, hook_name: str, layer: int, n_units: int) -> None:
         self.hook_name, self.layer, self.n_units = hook_name, layer, n_units
@@ -99,6 +101,11 @@ class Basis(ABC):
         """Whether prompts must begin with the start token for this basis; None leaves it to the model."""
         return None
 
+    @property
+    def context_size(self) -> int | None:
+        """The longest prompt, in tokens, that the units were made for; None for no limit of their own."""
+        return None
+
     def hook_names(self, model: Any) -> list[str]:
         """The hook points that are read, each once, in the order of the columns."""
         return list(dict.fromkeys(site.hook_name for site in self.sites(model)))
@@ -163,6 +170,11 @@ class CompositeBasis(Basis):
             cure = "Collect them apart."
             refuse("basis", got="parts with and without a start token", want="one or the other", cure=cure)
         return next(iter(asked), None)
+
+    @property
+    def context_size(self) -> int | None:
+        """The shortest of the parts' own."""
+        return min((part.context_size for part in self.parts if part.context_size is not None), default=None)
 
     def source(self, model: Any) -> dict[str, Any]:
         """The facts of each part."""

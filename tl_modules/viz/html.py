@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from tl_modules.modules import Module, Modules
+from tl_modules._tables import ModuleTables
+from tl_modules.module import Module
+from tl_modules.modules import Modules
 from tl_modules.viz.panels import PALETTE
+
+NEURONPEDIA = "https://neuronpedia.org"
+"""Where features of known SAEs are described; units without an id there have no link."""
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SHOWN = 320
@@ -51,12 +57,22 @@ class Prompt:
 
 
 def modules_html(modules: Modules) -> str:
-    """The decomposition as a table for a notebook: one element, styles inline, no scripts."""
+    """The decomposition as a table for a notebook: one element, styles inline, no scripts.
+
+    Example:
+        >>> "<strong>2 modules</strong> of 8 units" in modules_html(modules)
+        True
+    """
     return render("modules.html.j2", **summary_context(modules), style=style())
 
 
 def module_html(module: Module) -> str:
-    """One module as a card for a notebook: one element, styles inline, no scripts."""
+    """One module as a card for a notebook: one element, styles inline, no scripts.
+
+    Example:
+        >>> "poem" in module_html(modules[0])
+        True
+    """
     return render("module.html.j2", card=card(module), style=style())
 
 
@@ -91,6 +107,7 @@ def summary_context(modules: Modules) -> dict[str, Any]:
         "objective": modules.objective._asdict(),
         "L": _readable(modules.objective.L),
         "method": modules.source.get("method", ""),
+        "above_null": None if modules.null is None else modules.above_null().to_dict("index"),
         "converged": modules.converged,
         **facts,
     }
@@ -108,8 +125,15 @@ def card(module: Module, *, n_exemplars: int = 5, n_units: int = 12) -> dict[str
         "layers": layer_parts(module),
         "categories": category_parts(module),
         "exemplars": [_prompt(row) for row in module.exemplars(n_exemplars).to_dict("records")],
-        "units": module.units.head(n_units)[["label", "strength"]].to_dict("records"),
+        "units": [_unit(row) for row in module.units.head(n_units).to_dict("records")],
     }
+
+
+def _unit(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """A unit's label and strength, and the address of a feature that Neuronpedia knows."""
+    source = row.get("neuronpedia", "")
+    link = f"{NEURONPEDIA}/{quote(source)}/{row['index']}" if isinstance(source, str) and source else ""
+    return {"label": row["label"], "strength": row["strength"], "link": link}
 
 
 def layer_parts(module: Module) -> list[Part]:
@@ -134,7 +158,7 @@ def _parts(counts: pd.Series, colours: dict[Any, str], prefix: str) -> list[Part
     ]
 
 
-def _category_colours(modules: Modules) -> dict[Any, str]:
+def _category_colours(modules: ModuleTables) -> dict[Any, str]:
     """The colours of the figures, by category."""
     mix = modules.category_mix()
     names = [] if mix is None else list(mix.columns)

@@ -21,7 +21,9 @@ TEXT = "#808080"
 PALETTE = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#ff9da7", "#9c755f")
 """One colour a category, in the order of the table's columns; repeats after the ninth."""
 
-_GRID = "rgba(128,128,128,0.25)"
+GRID = "rgba(128,128,128,0.25)"
+"""Lines behind a figure that read on white and on black."""
+
 _SHARES = [[0.0, "rgba(62,126,190,0.05)"], [1.0, "rgba(62,126,190,1)"]]
 """From nearly transparent to blue, so that it works on any background."""
 
@@ -41,6 +43,11 @@ def heat_map(modules: Modules) -> Figure:
     """Mean z-score of each module's samples (rows) over each module's units (columns).
 
     Red is negative, blue positive, white zero, as in TransformerLens' own figures.
+
+    Example:
+        >>> heat_map(modules).data[0].z.round(1)
+        array([[ 0.9, -0.9],
+               [-0.9,  0.9]])
     """
     figure = _figure(modules)
     figure.add_trace(_heat_trace(modules, _bar_below(modules, 0.5, 0.9)))
@@ -49,7 +56,13 @@ def heat_map(modules: Modules) -> Figure:
 
 
 def layer_profile(modules: Modules) -> Figure:
-    """Share of each module's units (rows) that lie in each layer (columns)."""
+    """Share of each module's units (rows) that lie in each layer (columns).
+
+    Example:
+        >>> layer_profile(modules).data[0].z
+        array([[0.5, 0.5],
+               [0.5, 0.5]])
+    """
     figure = _figure(modules)
     figure.add_trace(_layer_trace(modules, _bar_below(modules, 0.5, 0.9)))
     figure.update_xaxes(title="layer")
@@ -60,6 +73,10 @@ def category_mix(modules: Modules) -> Figure:
     """Share of each module's samples (rows) in each category, as stacked bars.
 
     Without categories the figure says so and is otherwise empty.
+
+    Example:
+        >>> [trace.name for trace in category_mix(modules).data]
+        ['coding', 'writing']
     """
     figure = _figure(modules)
     traces = _category_traces(modules)
@@ -70,7 +87,12 @@ def category_mix(modules: Modules) -> Figure:
 
 
 def overview(modules: Modules) -> Figure:
-    """Heat map, layer profile and, where categories are known, category mix side by side."""
+    """Heat map, layer profile and, where categories are known, category mix side by side.
+
+    Example:
+        >>> [trace.type for trace in overview(modules).data]
+        ['heatmap', 'heatmap', 'bar', 'bar']
+    """
     categories = _category_traces(modules)
     widths = [0.36, 0.34, 0.30] if categories else [0.5, 0.5]
     titles = ["Mean activation (z)", "Where the units lie", "What the samples are"][: len(widths)]
@@ -96,7 +118,12 @@ def overview(modules: Modules) -> Figure:
 
 
 def history(modules: Modules) -> Figure:
-    """The objective L by iteration. For a method that keeps no history the figure says so."""
+    """The objective L by iteration. For a method that keeps no history the figure says so.
+
+    Example:
+        >>> history(modules).layout.yaxis.title.text
+        'objective L'
+    """
     table = modules.history
     figure = _figure(modules)
     figure.update_layout(height=330, margin={**_MARGIN, "b": 50})
@@ -117,8 +144,8 @@ def history(modules: Modules) -> Figure:
             hovertemplate="iteration %{x}<br>L = %{y:.6g}<br>%{text}<extra></extra>",
         )
     )
-    figure.update_xaxes(title="iteration", gridcolor=_GRID, zeroline=False)
-    figure.update_yaxes(title="objective L", gridcolor=_GRID, zeroline=False, automargin=True)
+    figure.update_xaxes(title="iteration", gridcolor=GRID, zeroline=False)
+    figure.update_yaxes(title="objective L", gridcolor=GRID, zeroline=False, automargin=True)
     return figure
 
 
@@ -138,11 +165,21 @@ def _hover_names(modules: Modules) -> list[str]:
 
 
 def _figure(modules: Modules) -> Figure:
+    return canvas(_height(modules), {**_MARGIN, "b": _MARGIN["b"] + _legend_height(modules)})
+
+
+def canvas(height: int, margin: dict[str, int]) -> Figure:
+    """An empty figure in the package's style: transparent, grey text, so many pixels high.
+
+    Example:
+        >>> canvas(300, {"l": 10}).layout.height
+        300
+    """
     return Figure(
         layout={
             "template": "none",
-            "height": _height(modules),
-            "margin": {**_MARGIN, "b": _MARGIN["b"] + _legend_height(modules)},
+            "height": height,
+            "margin": margin,
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"family": "system-ui, sans-serif", "size": 13, "color": TEXT},

@@ -15,7 +15,7 @@ from tl_modules.viz.html import card, render, style, summary_context
 from tl_modules.viz.panels import history, overview
 
 PAPER = "https://arxiv.org/abs/2603.17823"
-"""The paper of the method; the report's only link to the outside."""
+"""The paper of the method; the only link to the outside, beside those of features on Neuronpedia."""
 
 
 def write_report(
@@ -43,6 +43,12 @@ def write_report(
 
     Raises:
         InputError: there is no such folder, or a number is below 1.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_report(modules, f"{folder}/modules.html").stat().st_size > 1_000_000
+        True
     """
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
@@ -91,9 +97,11 @@ def _name(fact: Any) -> str:
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested facts as one list of "outer.inner" and value."""
+    """Nested facts as one list of "outer.inner" and value; lists of facts count as numbered ones."""
     flat: dict[str, str] = {}
     for name, value in facts.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}  # noqa: PLW2901
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}.")
         else:

@@ -1,0 +1,76 @@
+"""How far two labelings of the same items agree, whatever their modules are numbered.
+
+A label of -1 means that an item was left out; only items that both labelings hold are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+Labels = Int[np.ndarray, " item"]
+
+
+def overlap(first: Labels, second: Labels, n_first: int, n_second: int) -> Int[np.ndarray, "first second"]:
+    """How many items carry each pair of labels.
+
+    Example:
+        >>> overlap(np.array([0, 0, 1, -1]), np.array([1, 1, 0, 0]), 2, 2)
+        array([[0, 2],
+               [1, 0]])
+    """
+    both = (first >= 0) & (second >= 0)
+    pairs = first[both] * n_second + second[both]
+    return np.bincount(pairs, minlength=n_first * n_second).reshape(n_first, n_second)
+
+
+def rand_index(first: Labels, second: Labels) -> float:
+    """Adjusted Rand index (Hubert & Arabie 1985): 1 = the same modules, 0 = as by chance.
+
+    Example:
+        >>> rand_index(np.array([0, 0, 1, 1, -1]), np.array([5, 5, 2, 2, 5]))
+        1.0
+    """
+    from sklearn.metrics import adjusted_rand_score
+
+    both = (first >= 0) & (second >= 0)
+    return float(adjusted_rand_score(first[both], second[both]))
+
+
+def matched(reference: Labels, labels: Labels) -> Labels:
+    """`labels` with the numbers of `reference`, so that as many items as possible carry the same number.
+
+    One to one, by the Hungarian method on the overlaps; modules without a partner get new numbers.
+
+    Example:
+        >>> matched(np.array([0, 0, 1, 1, 2]), np.array([2, 2, 0, 0, -1]))
+        array([ 0,  0,  1,  1, -1])
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    n_modules = 1 + int(max(reference.max(initial=-1), labels.max(initial=-1)))
+    if n_modules == 0:
+        return labels
+    new, old = linear_sum_assignment(overlap(reference, labels, n_modules, n_modules), maximize=True)
+    names = np.full(n_modules + 1, -1)
+    names[old] = new
+    return np.asarray(names[labels])
+
+
+def agreement(reference: Labels, others: Sequence[Labels]) -> Float[np.ndarray, " item"]:
+    """Share of the other labelings that put each item where `reference` does, modules matched.
+
+    A labeling that leaves the item out does not count; nan where `reference` or all others leave it out.
+
+    Example:
+        >>> agreement(np.array([0, 0, 1, 1]), [np.array([1, 1, 0, 0]), np.array([0, 0, 0, 1])])
+        array([1. , 1. , 0.5, 1. ])
+    """
+    held, same = np.zeros(len(reference)), np.zeros(len(reference))
+    for labels in others:
+        both = (reference >= 0) & (labels >= 0)
+        held += both
+        same += both & (matched(reference, labels) == reference)
+    return np.divide(same, held, out=np.full(len(reference), np.nan), where=held > 0)
