@@ -2,10 +2,10 @@
 
     python benchmarks/bases.py [--n-modules 10] [--acts-cache FOLDER] [--write docs/bases_table.md]
 
-SmolLM2-135M-Instruct, the labelled instructions of ../shared/data (2,100 to decompose, 700 to test on), mean |a|
-over the words of each prompt, the SAEs and transcoders that the package ships. Prints, per basis: purity of the
-modules' prompts, agreement with the categories and with the neurons' modules (adjusted Rand index of the sample
-labels), L and xi, and accuracy of the paper's prediction protocol.
+SmolLM2-135M-Instruct, the labelled instructions of ../shared/data (2,100 to decompose, 700 to test on), mean
+|a| over the words of each prompt, the SAEs and transcoders that the package ships. Prints, per basis: purity
+of the modules' prompts, agreement with the categories and with the neurons' modules (adjusted Rand index of
+the sample labels), xi, and accuracy of the paper's prediction protocol.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 from instructions import DATA, model
 from sklearn.metrics import adjusted_rand_score
-from tl_modules.demo_features import load_demo_features
 
 from tl_modules import (
     Basis,
@@ -29,6 +28,7 @@ from tl_modules import (
     find_modules,
     predict_categories,
 )
+from tl_modules.demo_features import load_demo_features
 
 
 def bases() -> dict[str, Basis]:

@@ -68,14 +68,15 @@ def test_values_are_the_lengths_of_what_heads_write(family):
         assert by_hand.std() > 0
 
 
-@pytest.mark.parametrize("family", [name for name in HOOKED_MODELS if "gemma2" not in name])
-def test_values_are_those_of_the_models_own_results(family):
-    model = HOOKED_MODELS[family]()
-    model.set_use_attn_result(True)
-    cache = cache_of(model)
-    for layer, site in enumerate(HeadBasis().sites(model)):
-        expected = cache[f"blocks.{layer}.attn.hook_result"].norm(dim=-1)
-        torch.testing.assert_close(site.values(z_of(cache, layer)), expected, atol=1e-5, rtol=1e-4)
+def test_values_are_those_of_the_models_own_results():
+    """Where a model makes them and no norm follows."""
+    for family in HOOKED_MODELS.keys() - {"gemma2_like"}:
+        model = HOOKED_MODELS[family]()
+        model.set_use_attn_result(True)
+        cache = cache_of(model)
+        for layer, site in enumerate(HeadBasis().sites(model)):
+            expected = cache[f"blocks.{layer}.attn.hook_result"].norm(dim=-1)
+            torch.testing.assert_close(site.values(z_of(cache, layer)), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", [n for n in MODELS if not any(word in n for word in POST_NORM)])

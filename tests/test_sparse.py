@@ -1,13 +1,16 @@
 """IterD on sparse features: the same labels as on the dense matrix, dead and rare units kept out."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
 
 from tl_modules._checks import InputError
-from tl_modules.estimator import n_active
+from tl_modules.activations import UnitActivations
+from tl_modules.estimator import often_active
+from tl_modules.find import find_modules
 from tl_modules.iterd import IterD
 from tl_modules.standardize import Standardization
 from tl_modules.starts import exact_is_cheap, principal_scores
@@ -60,6 +63,24 @@ def test_dead_columns_change_nothing():
     assert many.objective_ == pytest.approx(few.objective_)
 
 
+@pytest.mark.parametrize("kind", [np.asarray, sparse.csr_array])
+def test_modules_list_what_was_left_out_and_why(kind):
+    X = planted()[0]
+    X[:, 7] = 2.5
+    tables = (
+        pd.DataFrame({"text": ["a"] * N_SAMPLES, "n_tokens": 1}),
+        pd.DataFrame(
+            {"layer": 0, "kind": "feature", "index": range(N_UNITS), "hook_name": "h", "label": "x"}
+        ),
+    )
+    modules = find_modules(UnitActivations(kind(X), *tables, {}), N_MODULES, progress=False)
+    reasons = modules.left_out()["reason"]
+    active = (X != 0).sum(axis=0)
+    expected = dict.fromkeys(np.flatnonzero(active == 0), "never active") | {7: "never varies"}
+    expected |= dict.fromkeys(np.flatnonzero(active == 1), "rarely active")
+    assert reasons.to_dict() == dict(sorted(expected.items()))
+
+
 @pytest.mark.parametrize("given_units", [True, False])
 def test_labels_to_start_from_fit_the_units_that_take_part(given_units):
     X, samples, units = planted()
@@ -73,8 +94,17 @@ def test_labels_to_start_from_fit_the_units_that_take_part(given_units):
 def test_explicit_zeros_are_not_activity():
     X = sparse.csr_array(planted()[0])
     X.data[X.indices == 3] = 0
-    assert n_active(X)[3] == 0
+    assert not often_active(X, 1)[3]
     assert IterD(N_MODULES, random_state=0).fit(X).unit_labels_[3] == -1
+
+
+@pytest.mark.parametrize("kind", [np.asarray, sparse.csr_array, torch.from_numpy])
+@pytest.mark.parametrize("least", [1, 2, 30])
+def test_often_active(kind, least):
+    X = np.tile(planted()[0], (3, 1))
+    X[70, 5] = 3
+    np.testing.assert_array_equal(often_active(kind(X), least), (X != 0).sum(axis=0) >= least)
+    assert often_active(kind(np.ones((200, 3), np.float32)), least).all()
 
 
 def test_too_few_active_units_are_refused():

@@ -20,6 +20,7 @@ from tl_modules.words import topic_words
 
 _MOST_WORDS = 20
 _NAME_WORDS = 3
+_NO_DEVIATION = 1e-6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -80,6 +81,23 @@ class ModuleTables:
         nan for a unit that was left out.
         """
         return strengths(self.unit_means, self.unit_labels, self.n_samples)
+
+    def left_out(self) -> pd.DataFrame:
+        """The units that are in no module, with the `reason`, in the order of the columns.
+
+        The reason is "never active" (0 in every sample), "never varies" (one other value in all of them) or
+        "rarely active" (varies, but in fewer samples than the method's `min_active`); "by choice" in a core.
+
+        Example:
+            >>> modules.left_out()["reason"].value_counts().to_dict()
+            {}
+        """
+        out = self.unit_labels < 0
+        rare = "by choice" if "core" in self.source else "rarely active"
+        silent = self.standardization.mean == 0
+        constant = np.abs(self.unit_means).max(axis=1) < _NO_DEVIATION
+        reasons = np.select([silent & constant, constant], ["never active", "never varies"], rare)
+        return self.units[out].assign(reason=reasons[out])
 
     def blocks(self) -> pd.DataFrame:
         """How far each module stands out, one row a module, from the heat map; means of z-scores.

@@ -19,6 +19,7 @@ from tl_modules.objective import module_counts, objective
 from tl_modules.standardize import SMALLEST_DEVIATION, Standardization
 from tl_modules.sums import block_sums, module_means
 
+_ROWS_AT_A_TIME = 64
 Matrix = Any
 """A numpy array, a torch tensor or a scipy CSR matrix, [sample, unit]."""
 
@@ -108,7 +109,7 @@ class ModuleEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Biclust
     def _statistics(self, X: Matrix) -> tuple[Standardization, Int[np.ndarray, " live"]]:
         """Standardisation of X and the units that take part: they vary, and are active often enough."""
         n_units = X.shape[1]
-        active = n_active(X) >= self.min_active if self.min_active > 1 else True
+        active = often_active(X, self.min_active) if self.min_active > 1 else True
         if not self.standardize:
             return Standardization.identity(n_units), np.flatnonzero(np.broadcast_to(active, n_units))
         statistics, deviation = Standardization.fit_with_deviation(X)
@@ -134,11 +135,17 @@ class ModuleEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Biclust
         self.objective_ = self.objective_parts_.L
 
 
-def n_active(X: Matrix) -> Int[np.ndarray, " unit"]:
-    """In how many samples each unit is other than 0."""
+def often_active(X: Matrix, least: int) -> Bool[np.ndarray, " unit"]:
+    """Whether each unit is other than 0 in at least so many samples; stops reading when all are."""
     if sparse.issparse(X):
-        return np.bincount(X.indices[X.data != 0], minlength=X.shape[1])
-    return np.asarray((X != 0).sum(0).cpu() if _is_tensor(X) else np.count_nonzero(X, axis=0))
+        return np.bincount(X.indices[X.data != 0], minlength=X.shape[1]) >= least
+    counts = np.zeros(X.shape[1], dtype=np.int64)
+    for start in range(0, X.shape[0], _ROWS_AT_A_TIME):
+        active = (X[start : start + _ROWS_AT_A_TIME] != 0).sum(0)
+        counts += np.asarray(active.cpu() if _is_tensor(X) else active)
+        if counts.min() >= least:
+            break
+    return counts >= least
 
 
 def empty_history() -> pd.DataFrame:

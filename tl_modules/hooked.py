@@ -34,15 +34,18 @@ class HookedModuleTransformer(CarriesModules, HookedSAETransformer):
 
     Load one with `from_pretrained`, or make one of a model that you have with `from_model`.
 
+    A hook on module 3 in layer 5, the module's neurons there being [batch, pos, unit]::
+
+        model = HookedModuleTransformer.from_model(HookedTransformer.from_pretrained("gpt2"))
+        logits, cache = model.run_with_unit_cache("The Eiffel Tower is in")
+        with model.modules_attached(modules):
+            model.run_with_hooks(prompt, fwd_hooks=[("blocks.5.mlp.hook_post.module_3", my_hook)])
+
     Example:
-        >>> import torch
-        >>> from transformer_lens import HookedTransformer, HookedTransformerConfig
-        >>> cfg = HookedTransformerConfig(
-        ...     n_layers=2, d_model=8, d_head=4, d_vocab=10, n_ctx=8, act_fn="relu", device="cpu")
-        >>> model = HookedModuleTransformer.from_model(HookedTransformer(cfg))
-        >>> logits, cache = model.run_with_unit_cache(torch.tensor([[1, 2, 3]]), "neurons")
-        >>> cache.units(1).shape
-        torch.Size([1, 3, 32])
+        >>> HookedModuleTransformer.from_model("gpt2")
+        Traceback (most recent call last):
+        ...
+        tl_modules._checks.InputError: model: got a str, expected a HookedTransformer or...
     """
 
     _kind = "hooked"

@@ -44,9 +44,9 @@ class IterD(ModuleEstimator):
             result depends on the machine.
         max_iter: most iterations of one descent.
         tol: relative gain in L that a single move must exceed.
-        min_active: in how many samples a unit must be other than 0 to take part. 1 keeps out what is never
-            active. More keeps out rare features too: one that is active in a single sample goes wherever that
-            sample goes, and its z-score there, the root of the number of samples, outshouts all others.
+        min_active: in how many samples a unit must be other than 0 to take part. 1 keeps out only what is
+            never active. A feature that is active in a single sample goes wherever that sample goes, and its
+            z-score there, the root of the number of samples, outshouts all others: 2 keeps such out.
         standardize: z-score each unit on the fly (the matrix itself stays as it is). Set to False when X
             holds z-scores already.
         random_state: seed of starts, kicks and visiting orders.
@@ -79,7 +79,7 @@ class IterD(ModuleEstimator):
         time_budget: float | Any = None,
         max_iter: int | Any = 100,
         tol: float | Any = 1e-9,
-        min_active: int | Any = 1,
+        min_active: int | Any = 2,
         standardize: bool | Any = True,
         random_state: Any = None,
         verbose: bool | Any = False,
