@@ -10,6 +10,7 @@ pytest.importorskip("sae_lens")
 
 import torch
 from sae_lens import SAE
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from tiny_models import bridge_llama
 
@@ -155,3 +156,45 @@ def test_loss_is_that_of_the_counted_positions():
     wanted = [(0, 1), (0, 2), (0, 3), (1, 3), (1, 4)]
     assert n == len(wanted)
     assert total == pytest.approx(sum(-float(logs[b, p, tokens[b, p + 1]]) for b, p in wanted), rel=0.02)
+
+
+def test_everything_is_measured_and_written_down(tmp_path):
+    """On a tiny model, with an SAE that gives back its input and a transcoder that gives zero."""
+    model = bridge_llama()
+    width, targets = model.cfg.d_model, [feature_data.Target("sae", 0), feature_data.Target("transcoder", 1)]
+    config = JumpReLUSAEConfig(d_in=width, d_sae=2 * width, apply_b_dec_to_input=False)
+    both_signs, silent = JumpReLUSAE(config), JumpReLUSAE(config)
+    eye = torch.eye(width)
+    both_signs.W_enc.data, both_signs.W_dec.data = torch.cat([eye, -eye], 1), torch.cat([eye, -eye])
+    silent.W_dec.data.zero_()
+    rows = np.random.default_rng(0).integers(2, 30, (6, 8))
+    sequences = [(ids, np.arange(8) > 0) for ids in rows]
+    hooks = sorted({hook for target in targets for hook in (target.hook_in, target.hook_out)})
+    texts = {
+        prefix: (sequences, feature_data.Recording(tmp_path / f"at{prefix}", hooks, width, most))
+        for prefix, most in (("", 30), ("demo_", 100))
+    }
+    table = feature_quality.measure(model, dict(zip(targets, (both_signs, silent), strict=True)), texts, 40)
+    assert [recording.n for _, recording in texts.values()] == [30, 42]
+    sae, coder = table.to_dict("records")
+    assert sae["name"] == "residual_0" and coder["hook_out"] == "blocks.1.hook_mlp_out"
+    assert sae["explained_variance"] == pytest.approx(1, abs=1e-4) and sae["l0"] == pytest.approx(width)
+    assert sae["spliced"] == pytest.approx(sae["clean"], abs=1e-2)
+    assert sae["recovered"] == pytest.approx((sae["zero"] - sae["spliced"]) / (sae["zero"] - sae["clean"]))
+    assert coder["demo_explained_variance"] <= 0 and coder["spliced"] == pytest.approx(coder["zero"])
+    facts = {
+        "model": "tiny",
+        "plan": vars(train_features.Plan()),
+        "sources": {"a source": 3, "another": 4},
+        "recorded_positions": 30,
+        "sinks_left_out": 2,
+        "recording_minutes": 1.0,
+        "training_minutes": 2.0,
+        "machine": "none",
+        "steps": {"residual_0": 10, "mlp_1": 20},
+        "held_out_positions": 30,
+        "quality": table.to_dict("records"),
+    }
+    feature_quality.write_readme(tmp_path / "README.md", facts)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"| residual_0 | {sae['l0']:.3f} |" in text and "another (4)" in text and "10 to 20 steps" in text

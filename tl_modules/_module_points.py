@@ -13,7 +13,6 @@ from torch import Tensor
 from tl_modules._hooks import resolve
 from tl_modules.sites import Site
 
-_HOOK_LISTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Edit = tuple[Site, Tensor, Tensor]
 """A site, the values of its units and what they become."""
 
@@ -133,7 +132,8 @@ class _Junction:
 
 
 def _has_hooks(point: Any) -> bool:
-    return any(getattr(point, name) for name in _HOOK_LISTS)
+    torch_hooks = point._forward_hooks or point._forward_pre_hooks
+    return bool(torch_hooks or point._backward_hooks or point._backward_pre_hooks)
 
 
 def _through(

@@ -143,8 +143,8 @@ They are small and were trained briefly: good enough to try things out on, not f
 ## How good they are
 On texts that were held out ({facts["held_out_positions"]:,} positions for the first three columns, over
 {plan["n_spliced"]:,} for the losses, in nats a token); `demo`: on the package's demo prompts, as chats. Dead:
-silent at all of these held-out positions. `spliced`: with the reconstruction in place of the activation, at the
-positions that count; `zero`: with zeros; `recovered`: (zero - spliced) / (zero - clean).
+silent at all of these held-out positions. `spliced`: with the reconstruction in place of the activation, at
+the positions that count; `zero`: with zeros; `recovered`: (zero - spliced) / (zero - clean).
 
 {chr(10).join("| " + " | ".join(row) + " |" for row in table)}
 
