@@ -3,7 +3,7 @@
     python benchmarks/bases.py [--n-modules 10] [--acts-cache FOLDER] [--write docs/bases_table.md]
 
 SmolLM2-135M-Instruct, the labelled instructions of ../shared/data (2,100 to decompose, 700 to test on), mean
-|a| over the words of each prompt, the SAEs and transcoders that the package ships. Prints, per basis: purity
+|a| over the words of each prompt in a chat, the SAEs and transcoders that the package ships. Prints, per basis: purity
 of the modules' prompts, agreement with the categories and with the neurons' modules (adjusted Rand index of
 the sample labels), xi, and accuracy of the paper's prediction protocol.
 """
@@ -44,7 +44,7 @@ def bases() -> dict[str, Basis]:
 def activations(name: str, basis: Basis, split: str, cache: Path | None) -> UnitActivations:
     prompts = pd.read_json(DATA / f"instructions_{split}.jsonl.gz", lines=True)[["text", "category"]]
     store = cache / f"{name}-{split}" if cache else None
-    return collect(model(), prompts, basis, store=store)
+    return collect(model(), prompts, basis, chat=True, store=store)
 
 
 def purity(modules: Modules) -> float:
