@@ -3,14 +3,15 @@
     python benchmarks/bases.py [--n-modules 10] [--acts-cache FOLDER] [--write docs/bases_table.md]
 
 SmolLM2-135M-Instruct, the labelled instructions of ../shared/data (2,100 to decompose, 700 to test on), mean
-|a| over the words of each prompt in a chat, the SAEs and transcoders that the package ships. Prints, per basis: purity
-of the modules' prompts, agreement with the categories and with the neurons' modules (adjusted Rand index of
-the sample labels), xi, and accuracy of the paper's prediction protocol.
+|a| over the words of each prompt in a chat, the SAEs and transcoders that the package ships. Prints, per
+basis: purity of the modules' prompts, agreement with the categories and with the neurons' modules (adjusted
+Rand index of the sample labels), xi, and accuracy of the paper's prediction protocol.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from instructions import DATA, model
 from sklearn.metrics import adjusted_rand_score
 
 from tl_modules import (
-    Basis,
     HeadBasis,
     Modules,
     NeuronBasis,
@@ -31,20 +31,34 @@ from tl_modules import (
 from tl_modules.demo_features import load_demo_features
 
 
-def bases() -> dict[str, Basis]:
-    found: dict[str, Basis] = {"neurons": NeuronBasis(), "heads": HeadBasis()}
-    for kind in ("sae", "transcoder", "all"):
-        found[f"features ({kind})"] = load_demo_features(kind)
-    found["features (all) + heads"] = load_demo_features("all") + HeadBasis()
-    layers = sorted(set(load_demo_features("sae").units(model())["layer"]))
-    found["neurons, the SAEs' layers"] = NeuronBasis(layers)
-    return found
+def parts(units: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Which units each line of the table is about."""
+    kind, layer = units["kind"], units["layer"]
+    sae = units["hook_name"].str.endswith("hook_resid_post")
+    transcoder = (kind == "feature") & ~sae
+    masks = {
+        "neurons": kind == "neuron",
+        "neurons, four layers": (kind == "neuron") & layer.isin(layer[sae].unique()),
+        "heads": kind == "head",
+        "SAE features": sae,
+        "transcoder features": transcoder,
+        "SAE and transcoder features": sae | transcoder,
+        "features and heads": (kind == "head") | sae | transcoder,
+    }
+    return {name: np.flatnonzero(mask) for name, mask in masks.items()}
 
 
-def activations(name: str, basis: Basis, split: str, cache: Path | None) -> UnitActivations:
+def collected(split: str, cache: Path | None) -> UnitActivations:
+    """Everything in one pass of the model."""
     prompts = pd.read_json(DATA / f"instructions_{split}.jsonl.gz", lines=True)[["text", "category"]]
-    store = cache / f"{name}-{split}" if cache else None
-    return collect(model(), prompts, basis, chat=True, store=store)
+    basis = NeuronBasis() + HeadBasis() + load_demo_features("all")
+    return collect(model(), prompts, basis, chat=True, store=cache / f"bases-{split}" if cache else None)
+
+
+def part_of(acts: UnitActivations, columns: np.ndarray) -> UnitActivations:
+    """Some of the units; as a dense matrix unless most of it is zero."""
+    part = acts[:, columns]
+    return part if density(part) < 0.5 else replace(part, X=part.X.toarray())
 
 
 def purity(modules: Modules) -> float:
@@ -56,8 +70,9 @@ def purity(modules: Modules) -> float:
 def main() -> None:
     options = parse()
     rows, neurons = [], None
-    for name, basis in bases().items():
-        train, test = (activations(name, basis, split, options.acts_cache) for split in ("train", "test"))
+    both = [collected(split, options.acts_cache) for split in ("train", "test")]
+    for name, columns in parts(both[0].units).items():
+        train, test = (part_of(acts, columns) for acts in both)
         modules = find_modules(train, options.n_modules, random_state=0, progress=False)
         neurons = modules if neurons is None else neurons
         table = predict_categories(train, test, [options.n_modules], ["iterd"], progress=False)

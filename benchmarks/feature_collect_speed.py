@@ -3,10 +3,10 @@
     python benchmarks/feature_collect_speed.py [--prompts N] [--d-sae N] [--repeats R]
 
 Both sides use the same four JumpReLU SAEs (random directions, thresholds set so that about 0.5 % of the
-features are active), keep mean |a| per prompt and feature over all real tokens, and take turns; medians are
-printed. The other side runs the prompts in batches of 16, caches the features alone (`names_filter`) and
-reduces each batch before the next. Peak memory is that of a process of its own, over what it held before
-(Linux).
+features are active), keep mean |a| over the words of each prompt in its chat, and take turns; medians are
+printed. The other side runs the prompts in batches of 16, caches the features alone (`names_filter`) with the
+error term on, so that a later SAE reads what the model computes, and reduces each batch before the next. Peak
+memory is that of a process of its own, over what it held before (Linux).
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from scipy import sparse
 
 from tl_modules import FeatureBasis, HookedModuleTransformer, collect, load_demo_model, load_demo_prompts
+from tl_modules.prompts import read_prompts
+from tl_modules.tokens import TokenizedPrompts, TokenSettings, tokenize
 
 LAYERS = (6, 12, 18, 24)
 ACTIVE = 0.005
@@ -35,7 +38,9 @@ def random_saes(model, d_sae: int, texts: list[str]) -> list:
 
     torch.manual_seed(0)
     names = [f"blocks.{layer}.hook_resid_post" for layer in LAYERS]
-    _, cache = model.run_with_cache(texts, names_filter=names, padding_side="right")
+    chats = in_chats(model, texts)
+    tokens, counted = padded(chats.tokens), padded(chats.counted)
+    _, cache = model.run_with_cache(tokens, names_filter=names, padding_side="right")
     saes = []
     for name in names:
         sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=model.cfg.d_model, d_sae=d_sae, device="cpu"))
@@ -43,30 +48,39 @@ def random_saes(model, d_sae: int, texts: list[str]) -> list:
         with torch.no_grad():
             sae.W_enc.copy_(torch.nn.functional.normalize(torch.randn_like(sae.W_enc), dim=0))
             sae.W_dec.copy_(sae.W_enc.T)
-            pre = cache[name][:, 1:].flatten(0, 1) @ sae.W_enc
-            sae.threshold.copy_(pre.quantile(1 - ACTIVE, dim=0).clamp(min=1e-3))
+            pre = cache[name][counted] @ sae.W_enc
+            # Not at a value that occurs, where rounding decides.
+            sae.threshold.copy_(1.001 * pre.quantile(1 - ACTIVE, dim=0).clamp(min=1e-3))
         saes.append(sae.eval())
     return saes
 
 
+def in_chats(model, texts: list[str]) -> TokenizedPrompts:
+    return tokenize(model, read_prompts(texts), TokenSettings(chat=True))
+
+
+def padded(rows: list[np.ndarray]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
+
+
 def ours(model, saes: list, texts: list[str]) -> sparse.csr_array:
-    acts = collect(model, texts, FeatureBasis(saes), exclude_special=False, progress=False)
-    return acts.X
+    return collect(model, texts, FeatureBasis(saes), chat=True, progress=False).X
 
 
 def theirs(model, saes: list, texts: list[str]) -> sparse.csr_array:
     """The same numbers with SAELens' own call."""
     names = [f"{sae.cfg.metadata.hook_name}.hook_sae_acts_post" for sae in saes]
-    rows = []
+    chats, rows = in_chats(model, texts), []
     for start in range(0, len(texts), BATCH):
-        tokens = [model.to_tokens(text)[0] for text in texts[start : start + BATCH]]
-        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-        mask = torch.zeros_like(padded, dtype=torch.float32)
-        for row, ids in zip(mask, tokens, strict=True):
-            row[: len(ids)] = 1
+        batch = slice(start, start + BATCH)
+        tokens, mask = padded(chats.tokens[batch]), padded(chats.counted[batch]).float()
         with torch.no_grad():
             _, cache = model.run_with_cache_with_saes(
-                padded, saes=saes, names_filter=lambda name: name in names, padding_side="right"
+                tokens,
+                saes=saes,
+                use_error_term=True,
+                names_filter=lambda name: name in names,
+                padding_side="right",
             )
         blocks = [(cache[name].abs() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) for name in names]
         rows.append(sparse.csr_array(torch.cat(blocks, dim=1).numpy()))
@@ -82,7 +96,7 @@ def load(options: argparse.Namespace):
 
 def compare(options: argparse.Namespace) -> None:
     model, saes, texts = load(options)
-    n_tokens = sum(model.to_tokens(text).shape[1] for text in texts)
+    n_tokens = sum(map(len, in_chats(model, texts).tokens))
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     results = {}
     for _ in range(options.repeats):

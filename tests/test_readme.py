@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import transformer_lens
-from planted import planted_bridge
+from planted import planted_hooked
+from test_planted_features import hand_built
 from typer.testing import CliRunner
 
 import tl_modules.cli
+from tl_modules.features import FeatureBasis
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -21,7 +23,7 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return planted_bridge()
+    return planted_hooked()
 
 
 def test_python(planted, tmp_path, monkeypatch):
@@ -31,11 +33,15 @@ def test_python(planted, tmp_path, monkeypatch):
 
     for name in ("HookedTransformer", "TransformerBridge"):
         monkeypatch.setitem(transformer_lens.__dict__, name, Loader)
-    (code,) = blocks("python")
+    saes, _ = hand_built("sae")
+    monkeypatch.setattr(FeatureBasis, "from_pretrained", lambda release, sae_ids: FeatureBasis(saes))
     names = {"prompts": planted.prompts}
-    exec(compile(code, "README.md", "exec"), names)
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), names)
     assert names["acts"].n_samples == len(planted.prompts)
-    assert names["modules"].n_modules == 20
+    assert names["modules"].n_modules == names["features"].n_modules == 20
+    assert names["silent"]
+    assert not names["wrapped"].module_hook_names
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
