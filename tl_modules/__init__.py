@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tl_modules.bases import HeadBasis, NeuronBasis
     from tl_modules.collection import collect
     from tl_modules.demo import load_demo_model, load_demo_prompts
+    from tl_modules.demo_features import load_demo_features
     from tl_modules.evaluate import compare_methods, predict_categories, stability
     from tl_modules.features import FeatureBasis
     from tl_modules.find import find_modules
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from tl_modules.null import null_distribution
     from tl_modules.sites import Basis
     from tl_modules.sweep import sweep_modules
-    from tl_modules.viz.report import write_report
 
 _ROOM_OF = {
     "BASELINES": "baselines",
@@ -46,6 +46,7 @@ _ROOM_OF = {
     "collect": "collection",
     "compare_methods": "evaluate",
     "find_modules": "find",
+    "load_demo_features": "demo_features",
     "load_demo_model": "demo",
     "load_demo_prompts": "demo",
     "nested_modules": "hierarchy",
@@ -54,7 +55,6 @@ _ROOM_OF = {
     "split_table": "hierarchy",
     "stability": "evaluate",
     "sweep_modules": "sweep",
-    "write_report": "viz.report",
 }
 
 __all__ = [
@@ -74,6 +74,7 @@ __all__ = [
     "collect",
     "compare_methods",
     "find_modules",
+    "load_demo_features",
     "load_demo_model",
     "load_demo_prompts",
     "nested_modules",
@@ -82,7 +83,6 @@ __all__ = [
     "split_table",
     "stability",
     "sweep_modules",
-    "write_report",
 ]
 
 

@@ -129,27 +129,29 @@ Made by `tutorials/train_features.py`. `residual_L` is a sparse autoencoder of `
 They are small and were trained briefly: good enough to try things out on, not for claims about the model.
 
 ## How they were trained
-- {facts["recorded_positions"]:,} positions, recorded in {facts["recording_minutes"]} minutes with matrix
-  products in bfloat16; then {min(steps):,} to {max(steps):,} steps of {plan["batch"]:,} positions each, in
-  {facts["training_minutes"]} minutes for all eight together.
+- On {facts["recorded_positions"]:,} positions, recorded in {facts["recording_minutes"]} minutes with matrix products in bfloat16.
+- Then {min(steps):,} to {max(steps):,} steps of {plan["batch"]:,} positions each, in {facts["training_minutes"]} minutes for all eight together.
 - Machine: {facts["machine"]}, shared with other work.
-- BatchTopK with k = {plan["k"]}, Adam, learning rate {plan["learning_rate"]}, auxiliary loss for dead
-  features. The SAEs by SAELens' `SAETrainer`, the transcoders by the script's own loop.
-- Texts cut to {plan["context"]} tokens, every third one as the user's turn of a chat. Left out: the first
-  position, special tokens and chat template, and {facts["sinks_left_out"]:,} positions whose residual norm is
-  over ten times the median (attention sinks). No start token. What the features do at such positions means
-  nothing.
+- BatchTopK with k = {plan["k"]}, Adam, learning rate {plan["learning_rate"]}, auxiliary loss for dead features.
+- The SAEs by SAELens' `SAETrainer`, the transcoders by the script's own loop.
+- Texts cut to {plan["context"]} tokens, every third one as the user's turn of a chat. No start token.
+- Left out: the first position, special tokens and chat template, and {facts["sinks_left_out"]:,} positions whose residual norm is
+  over ten times the median (attention sinks). What the features do at such positions means nothing.
 
 ## How good they are
-On texts that were held out ({facts["held_out_positions"]:,} positions for the first three columns, over
-{plan["n_spliced"]:,} for the losses, in nats a token); `demo`: on the package's demo prompts, as chats. Dead:
-silent at all of these held-out positions. `spliced`: with the reconstruction in place of the activation, at
-the positions that count; `zero`: with zeros; `recovered`: (zero - spliced) / (zero - clean).
+On texts that were held out ({facts["held_out_positions"]:,} positions; for the losses the first {plan["n_spliced"]:,} or a few more). They are
+other texts, but of the same sources as those trained on. `demo`: on the package's demo prompts, as chats.
+
+- `l0`: features active at a position, on average. `dead fraction`: of the features, those never active there.
+- `clean`, `spliced`, `zero`: the model's loss in nats a token, as it is, with the reconstruction in place of the
+  activation at all positions that count, and with zeros there; matrix products in bfloat16.
+- `recovered`: (zero - spliced) / (zero - clean). Losing one MLP costs the model little, so that for transcoders
+  both differences are small.
 
 {chr(10).join("| " + " | ".join(row) + " |" for row in table)}
 
 ## Texts
 {LICENCES if len(facts["sources"]) > 1 else ""}
 The run drew at random, as far as its time went, from these sources (with their number of texts): {sources}.
-"""
+"""  # noqa: E501 - lines as long as the numbers are
     file.write_text(text, encoding="utf-8")
