@@ -38,7 +38,7 @@ $(VENV)/dev.done: $(VENV)/demo.done
 
 # transformer-lens 4 and sae-lens exclude each other: the package goes in without its dependencies. pandas is free, so
 # that both pandas 2 and 3 are tested.
-TL4_TESTS := tests/test_host.py tests/test_bases.py tests/test_prefix.py tests/test_collection.py \
+TL4_TESTS := tests/test_host.py tests/test_bases.py tests/test_heads.py tests/test_sparse.py tests/test_prefix.py tests/test_collection.py \
 	tests/test_prompts.py tests/test_activations.py tests/test_demo.py tests/test_cli.py tests/test_planted.py
 TL4_PACKAGES := 'transformer-lens>=4.3,<5' numpy scipy scikit-learn numba pandas pyarrow safetensors plotly \
 	jinja2 networkx tqdm typer jaxtyping einops gguf datasets pytest hypothesis beartype

@@ -1,6 +1,6 @@
 """Modules over neurons, heads, SAE features and transcoder features, on the same prompts.
 
-    python benchmarks/bases.py [--n-modules 10] [--acts-cache FOLDER] [--write docs/bases_table.md]
+    python benchmarks/bases.py [--n-modules 10] [--acts-cache FOLDER] [--write table.md]
 
 SmolLM2-135M-Instruct, the labelled instructions of ../shared/data (2,100 to decompose, 700 to test on), mean
 |a| over the words of each prompt in a chat, the SAEs and transcoders that the package ships. Prints, per
