@@ -15,10 +15,10 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from memory import peak_beyond, resident
 
 from tl_modules.collection import collect
 from tl_modules.demo import _weights_file, load_demo_model, load_demo_prompts
@@ -82,17 +82,12 @@ def peak_memory(options: argparse.Namespace) -> None:
     texts = load_demo_prompts()["text"].tolist()[: options.prompts]
     model = load_demo_model(options.kind)
     collect(model, texts[:1], parity="paper", progress=False)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = _status("VmRSS")
-    acts = collect(model, texts, parity="paper", batch_tokens=options.batch_tokens, progress=False)
-    extra = _status("VmHWM") - before
+    before = resident()
+    acts, extra = peak_beyond(
+        lambda: collect(model, texts, parity="paper", batch_tokens=options.batch_tokens, progress=False)
+    )
     print(f"memory: model and libraries {before / 1e6:.0f} MB, result {acts.X.nbytes / 1e6:.1f} MB")
     print(f"  peak = model + {extra / 1e6:.1f} MB = model + {extra / acts.X.nbytes:.2f} x result")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from memory import peak_beyond
 from scipy import sparse
 
 from tl_modules import FeatureBasis, HookedModuleTransformer, collect, load_demo_model, load_demo_prompts
@@ -128,15 +128,7 @@ def peak_memory(options: argparse.Namespace) -> None:
     way(model, saes, texts[:2])
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what loading has freed must not hide what is used now
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    way(model, saes, texts)
-    print(_status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+    print(peak_beyond(lambda: way(model, saes, texts))[1])
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 import reference
+from memory import peak_beyond
 
 from tl_modules import IterD
 from tl_modules.descent import descend
@@ -122,21 +123,8 @@ def print_memory() -> None:
     X = np.abs(planted(0))
     IterD(2, n_init=1, n_kicks=1, random_state=0).fit(X[:50, :500])
     IterD(2, n_init=1, n_kicks=1, random_state=0).fit(X[:60, :20_000])
-    before, _ = resident()
-    with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 - a kernel file, not a path of ours
-        file.write("5")
-    IterD(N_MODULES, random_state=0).fit(X)
-    _, peak = resident()
-    print(
-        f"\npeak memory of fit beyond the matrix: {(peak - before) / X.nbytes:.3f} of it   (asked: under 0.3)"
-    )
-
-
-def resident() -> tuple[int, int]:
-    """Resident memory now and its peak, in bytes (Linux)."""
-    with open("/proc/self/status") as file:  # noqa: PTH123 - a kernel file, not a path of ours
-        fields = dict(line.split(":", 1) for line in file)
-    return tuple(int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+    _, beyond = peak_beyond(lambda: IterD(N_MODULES, random_state=0).fit(X))
+    print(f"\npeak memory of fit beyond the matrix: {beyond / X.nbytes:.3f} of it   (asked: under 0.3)")
 
 
 if __name__ == "__main__":

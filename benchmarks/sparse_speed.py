@@ -13,9 +13,9 @@ import argparse
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
+from memory import peak_beyond, resident
 from scipy import sparse
 
 from tl_modules import IterD
@@ -57,25 +57,18 @@ def measure(case: str, n_modules: int) -> None:
     X, samples, features = planted(n_modules, *CASES[case])
     settings = {"min_active": 2, "random_state": 0}
     IterD(2, **settings).fit(X[:60, :3000])  # the loops are compiled, or read from the cache
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = memory("VmRSS")
     began = time.perf_counter()
-    found = IterD(n_modules, **settings).fit(X)
+    found, beyond = peak_beyond(lambda: IterD(n_modules, **settings).fit(X))
     seconds = time.perf_counter() - began
     kept = found.unit_labels_ >= 0
     print(
         f"{case}: {X.nnz:,} non-zeros, {kept.sum():,} features take part\n"
-        f"  {seconds:.2f} s, peak {memory('VmHWM') / 2**30:.2f} GiB in all, "
-        f"{(memory('VmHWM') - before) / 2**30:.2f} GiB beyond the matrix and libraries\n"
+        f"  {seconds:.2f} s, peak {resident('VmHWM') / 2**30:.2f} GiB in all, "
+        f"{beyond / 2**30:.2f} GiB beyond the matrix and libraries\n"
         f"  ARI of samples {adjusted_rand_score(samples, found.sample_labels_):.3f}, "
         f"of features {adjusted_rand_score(features[kept], found.unit_labels_[kept]):.3f}"
     )
     print(f"seconds {seconds}")
-
-
-def memory(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from tl_modules._checks import HookNameError, nearest, refuse
+from tl_modules._checks import refuse, unknown_hook
 from tl_modules._module_facts import check_same_units
 from tl_modules._module_points import ModulePoints
 from tl_modules._sae_points import KeepsHookPoints
@@ -30,7 +30,18 @@ class CarriesModules(KeepsHookPoints):
 
     @classmethod
     def from_model(cls: type[Self], model: Any) -> Self:
-        """See the subclasses."""
+        """This class around a model that you have; no weight is copied.
+
+        Both objects are the same model: parameters, hook points and hooks are shared, and moving or training
+        one moves or trains the other. Attach SAEs and modules through the new one only.
+
+        Args:
+            model: of the TransformerLens class that this one extends. One that is of this class already is
+                returned as it is.
+
+        Raises:
+            InputError: another kind of model, or one with SAEs attached.
+        """
         if isinstance(model, cls):
             return model
         if kind_of(model) != cls._kind:
@@ -39,7 +50,12 @@ class CarriesModules(KeepsHookPoints):
         if getattr(model, "_acts_to_saes", None):
             cure = "Call model.reset_saes() first."
             refuse("model", got="a model with SAEs attached", want="none attached", cure=cure)
-        return _view(cls, model)
+        made = _view(cls, model)
+        made._prepare()
+        return made
+
+    def _prepare(self) -> None:
+        """What a model needs before it is used as one of this class."""
 
     @property
     def context_level(self) -> int:
@@ -76,9 +92,7 @@ class CarriesModules(KeepsHookPoints):
         known = self.hook_dict
         for name in listed:
             if isinstance(name, str) and name not in known:
-                near = nearest(name, known)
-                cure = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-                raise HookNameError(f"{argument}: got {name!r}, expected a hook point of the model.{cure}")
+                raise unknown_hook(argument, name, known)
 
     def run_with_unit_cache(
         self, input: Any, basis: str | Basis = "neurons", *, names_filter: Names = None, **kwargs: Any

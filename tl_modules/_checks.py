@@ -73,14 +73,28 @@ def check_choice(argument: str, value: Any, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`, or refuse it and offer the nearest."""
     choices = list(choices)
     if value not in choices:
-        near = nearest(str(value), choices, n=1)
-        refuse(
-            argument,
-            got=repr(value),
-            want="one of " + ", ".join(map(repr, choices)),
-            cure=f"Did you mean {near[0]!r}?" if near else "",
-        )
+        want = "one of " + ", ".join(map(repr, choices))
+        refuse(argument, got=repr(value), want=want, cure=_did_you_mean(str(value), choices, n=1))
     return str(value)
+
+
+def unknown_hook(
+    argument: str, name: str, known: Iterable[str], *, got: str = "", note: str = ""
+) -> HookNameError:
+    """The error for a hook name that a model does not have: with the nearest of the known ones, and a note.
+
+    Example:
+        >>> unknown_hook("names_filter", "hook_embd", ["hook_embed"])
+        HookNameError("names_filter: got 'hook_embd', expected a hook point of the model. Did you mean ...
+    """
+    told = f"{argument}: got {got or repr(name)}, expected a hook point of the model."
+    near = _did_you_mean(name, [other for other in known if other != name])
+    return HookNameError(" ".join(filter(None, [told, near, note])))
+
+
+def _did_you_mean(name: str, known: Iterable[str], n: int = 3) -> str:
+    near = nearest(name, known, n)
+    return f"Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_modules._checks import HookError, HookNameError, nearest
+from tl_modules._checks import HookError, HookNameError, unknown_hook
 
 _GATES = {
     "attn.hook_result": "use_attn_result",
@@ -87,7 +87,7 @@ def resolve(model: Any, hook_names: Iterable[str]) -> dict[str, Any]:
 def _resolve_one(model: Any, name: str) -> Any:
     found = _walk(model, name)
     if not _is_hook_point(found):
-        raise HookNameError(_unknown(model, name, found))
+        raise _unknown(model, name, found)
     flag = next((flag for suffix, flag in _GATES.items() if name.endswith(suffix)), None)
     if flag is not None and not getattr(model.cfg, flag, False):
         raise HookNameError(
@@ -118,14 +118,13 @@ def _is_hook_point(thing: Any) -> bool:
     return hasattr(thing, "add_hook") and isinstance(getattr(thing, "fwd_hooks", None), list)
 
 
-def _unknown(model: Any, name: str, found: Any) -> str:
-    near = [other for other in nearest(name, getattr(model, "hook_dict", {})) if other != name]
-    cure = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+def _unknown(model: Any, name: str, found: Any) -> HookNameError:
+    known = getattr(model, "hook_dict", {})
     if "SAE" in type(found).__name__ or "Transcoder" in type(found).__name__:
-        cure = f" A {type(found).__name__} is attached in its place: call model.reset_saes() first."
-    elif name.endswith("hook_resid_mid"):
-        cure += " Blocks with parallel attention and MLP have no middle residual."
-    return f"hook_names: got {name!r}, expected a hook point of the model.{cure}"
+        note = f"A {type(found).__name__} is attached in its place: call model.reset_saes() first."
+        return unknown_hook("hook_names", name, (), note=note)
+    parallel = "Blocks with parallel attention and MLP have no middle residual."
+    return unknown_hook("hook_names", name, known, note=parallel if name.endswith("hook_resid_mid") else "")
 
 
 @contextmanager

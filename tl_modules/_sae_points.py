@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformer_lens.hook_points import HookPoint
 
-from tl_modules._checks import HookNameError, nearest, refuse
+from tl_modules._checks import refuse, unknown_hook
 
 
 class KeepsHookPoints:
@@ -67,9 +67,7 @@ class KeepsHookPoints:
         names = [sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out or sae.cfg.metadata.hook_name]
         for name in names:
             if self._at(self._canonical(name)) is None:
-                near = nearest(name, self.hook_dict)
-                cure = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-                raise HookNameError(f"sae: got hook name {name!r}, expected a hook point of the model.{cure}")
+                raise unknown_hook("sae", name, self.hook_dict, got=f"hook name {name!r}")
         return self._canonical(names[0]), self._canonical(names[1])
 
     def _check_attachable(self, hook_name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tl_modules.host import (
     mlp_write_matrix,
     require_mlp,
 )
-from tl_modules.sites import Basis, LayerBasis, Site
+from tl_modules.sites import Activation, Basis, LayerBasis, Site, Values
 
 
 class NeuronSite(Site):
@@ -117,10 +118,13 @@ class HeadSite(Site):
     def __init__(self, model: Any, layer: int) -> None:
         super().__init__(f"blocks.{layer}.attn.hook_z", layer, describe(model).n_heads)
         self._matrices = head_write_matrices(model, layer)
-        # |z W| = |R z| with W^T = Q R: the result itself, [batch, pos, head, d_model], is never made.
-        self._triangles = torch.linalg.qr(self._matrices.float().mT, mode="r").R
 
-    def values(self, activation: Float[Tensor, "batch pos *site"]) -> Float[Tensor, "batch pos unit"]:
+    @cached_property
+    def _triangles(self) -> Float[Tensor, "head d_head d_head"]:
+        # |z W| = |R z| with W^T = Q R: the result itself, [batch, pos, head, d_model], is never made.
+        return torch.linalg.qr(self._matrices.float().mT, mode="r").R
+
+    def values(self, activation: Activation) -> Values:
         """|z W_O| of each head, from z [batch, pos, head, d_head] or with its last two axes as one."""
         z = self._by_head(activation).float()
         return torch.einsum("bphd,hed->bphe", z, self._triangles.to(z.device)).norm(dim=-1)
@@ -128,12 +132,7 @@ class HeadSite(Site):
     def _by_head(self, z: Tensor) -> Float[Tensor, "batch pos head d_head"]:
         return z.reshape(*z.shape[:2], self.n_units, -1)
 
-    def edited(
-        self,
-        output: Float[Tensor, "batch pos *site"],
-        values: Float[Tensor, "batch pos unit"],
-        new: Float[Tensor, "batch pos unit"],
-    ) -> Float[Tensor, "batch pos *site"]:
+    def edited(self, output: Activation, values: Values, new: Values) -> Activation:
         """Stretch z so that each result has its new length; a head that writes nothing stays silent."""
         factor = torch.where(values > 0, new / values.where(values > 0, 1), 1).to(output.dtype)
         return (self._by_head(output) * factor[..., None]).reshape(output.shape)

@@ -17,7 +17,7 @@ from tl_modules import _saes
 from tl_modules._checks import HookNameError, refuse
 from tl_modules._places import layer_of, read_from_residual, width_of, written_to_residual
 from tl_modules.host import describe, resolve
-from tl_modules.sites import Basis, Site
+from tl_modules.sites import Activation, Basis, Site, Values
 
 _NO_NAME = "custom"
 """What a model without a name is called."""
@@ -56,7 +56,7 @@ class FeatureSite(Site):
         """One row a feature; two more columns: `sae`, its name, and `neuronpedia`, "model/source" or ""."""
         return super().units().assign(sae=self.name, neuronpedia=self.facts.neuronpedia)
 
-    def values(self, activation: Float[Tensor, "batch pos *site"]) -> Float[Tensor, "batch pos unit"]:
+    def values(self, activation: Activation) -> Values:
         """`sae.encode` of the activation, on the SAE's device and in its dtype.
 
         Raises:
@@ -68,12 +68,7 @@ class FeatureSite(Site):
             _refuse_width(self.name, self.hook_name, self.facts.d_in, width, self._model)
         return _saes.encode(self.sae, given)
 
-    def edited(
-        self,
-        output: Float[Tensor, "batch pos *site"],
-        values: Float[Tensor, "batch pos unit"],
-        new: Float[Tensor, "batch pos unit"],
-    ) -> Float[Tensor, "batch pos *site"]:
+    def edited(self, output: Activation, values: Values, new: Values) -> Activation:
         """`output` + decode(new) - decode(values): what the SAE does not explain stays as it is.
 
         An SAE that scales its input at run time (constant_norm_rescale, layer_norm) takes the scale from

@@ -23,7 +23,7 @@ except ImportError as error:
 
 from transformer_lens.hook_points import HookPoint
 
-from tl_modules._carries_modules import CarriesModules, Self
+from tl_modules._carries_modules import CarriesModules
 from tl_modules._sae_points import give_mlp_inputs
 
 Hooks = Sequence[tuple[str | Callable[[str], bool], Any]]
@@ -52,26 +52,11 @@ class HookedModuleTransformer(CarriesModules, HookedSAETransformer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._prepare()
+
+    def _prepare(self) -> None:
         give_mlp_inputs(self)
         self.setup()
-
-    @classmethod
-    def from_model(cls: type[Self], model: Any) -> Self:
-        """This class around a HookedTransformer that you have; no weight is copied.
-
-        Both objects are the same model: parameters, hook points and hooks are shared, and moving or training
-        one moves or trains the other. Attach SAEs and modules through the new one only.
-
-        Args:
-            model: a HookedTransformer. One that is of this class already is returned as it is.
-
-        Raises:
-            InputError: another kind of model, or one with SAEs attached.
-        """
-        made = super().from_model(model)
-        give_mlp_inputs(made)
-        made.setup()
-        return made
 
 
 class ModuleTransformerBridge(CarriesModules, SAETransformerBridge):
@@ -86,21 +71,6 @@ class ModuleTransformerBridge(CarriesModules, SAETransformerBridge):
         ...
         tl_modules._checks.InputError: model: got a str, expected a HookedTransformer or...
     """
-
-    @classmethod
-    def from_model(cls: type[Self], model: Any) -> Self:
-        """This class around a TransformerBridge that you have; no weight is copied.
-
-        Both objects are the same model: parameters, hook points and hooks are shared, and moving or training
-        one moves or trains the other. Attach SAEs and modules through the new one only.
-
-        Args:
-            model: a TransformerBridge. One that is of this class already is returned as it is.
-
-        Raises:
-            InputError: another kind of model, or one with SAEs attached.
-        """
-        return super().from_model(model)
 
     _kind = "bridge"
 

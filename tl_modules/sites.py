@@ -15,6 +15,10 @@ from torch import Tensor
 from tl_modules._checks import check_integer, refuse
 from tl_modules.host import describe
 
+Activation = Float[Tensor, "batch pos *site"]
+"""What passes a hook point."""
+Values = Float[Tensor, "batch pos unit"]
+
 
 class Site(ABC):
     """The units of one kind at one hook point of one model."""
@@ -54,16 +58,11 @@ class Site(ABC):
         )
 
     @abstractmethod
-    def values(self, activation: Float[Tensor, "batch pos *site"]) -> Float[Tensor, "batch pos unit"]:
+    def values(self, activation: Activation) -> Values:
         """The units' values, from the activation at `hook_name`."""
 
     @abstractmethod
-    def edited(
-        self,
-        output: Float[Tensor, "batch pos *site"],
-        values: Float[Tensor, "batch pos unit"],
-        new: Float[Tensor, "batch pos unit"],
-    ) -> Float[Tensor, "batch pos *site"]:
+    def edited(self, output: Activation, values: Values, new: Values) -> Activation:
         """The activation at `write_name` as it is when the units' `values` become `new`.
 
         Whatever the units do not explain stays: where `new` equals `values`, `output` is unchanged.

@@ -167,7 +167,7 @@ class SparseSums(_CompiledSums):
 
     @override
     def columns(self, units: Moved) -> SparseSums:
-        return self._of_columns(_columns_of_csr(self.X, units), units)
+        return self._of_columns(sparse.csr_array(self.X[:, units]), units)
 
 
 class TorchSums(ModuleSums):
@@ -221,18 +221,6 @@ class TorchSums(ModuleSums):
             rows = slice(start, start + _ROWS_AT_A_TIME)
             total += self.X[rows].double().T @ factor[rows]
         return np.asarray(total.cpu().numpy())
-
-
-def _columns_of_csr(X: Any, units: Moved) -> sparse.csr_array:
-    """Some columns, in one walk over the non-zeros."""
-    place = np.full(X.shape[1], -1, dtype=X.indices.dtype)
-    place[units] = np.arange(len(units))
-    new = place[X.indices]
-    kept = new >= 0
-    ends = np.concatenate([[0], np.cumsum(kept)])[X.indptr]
-    return sparse.csr_array(
-        (X.data[kept], new[kept], ends.astype(X.indptr.dtype)), shape=(X.shape[0], len(units))
-    )
 
 
 def one_hot(labels: Int[np.ndarray, " item"], n_modules: int) -> Float[np.ndarray, "item module"]:

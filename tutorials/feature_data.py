@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_modules import batches
 from tl_modules._hooks import hooked
 from tl_modules.demo import load_demo_prompts
 from tl_modules.host import forward
@@ -80,16 +81,11 @@ def in_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Right-padded token ids and counted positions, texts of like length together within each pool."""
     for start in range(0, len(sequences), pool):
-        waiting = sorted(sequences[start : start + pool], key=lambda pair: -len(pair[0]))
-        while waiting:
-            width = len(waiting[0][0])
-            taken, waiting = waiting[: max(1, positions // width)], waiting[max(1, positions // width) :]
-            tokens = torch.zeros(len(taken), width, dtype=torch.long)
-            counted = torch.zeros(len(taken), width, dtype=torch.bool)
-            for row, (ids, mask) in enumerate(taken):
-                tokens[row, : len(ids)] = torch.from_numpy(ids)
-                counted[row, : len(ids)] = torch.from_numpy(mask)
-            yield tokens, counted
+        some = sequences[start : start + pool]
+        pooled = batches.Sequences(*map(list, zip(*some, strict=True)), [[i] for i in range(len(some))])
+        for members in batches.plan(pooled, 0, positions):
+            batch = batches.assemble(pooled, members, 0)
+            yield batch.tokens, batch.counted
 
 
 class Recording:
