@@ -24,6 +24,8 @@ ROOMS = [
     *("words", "_module_facts", "_modules_io", "_tables", "module", "modules", "find", "evaluate"),
     *("sweep", "hierarchy"),
     *("_module_points", "_sae_points", "unit_cache", "_carries_modules", "hooked"),
+    *("attribution.scores", "attribution.read", "attribution.targets", "attribution.record"),
+    *("attribution.components", "attribution"),
     *("viz.figure", "viz.panels", "viz.sweep", "viz.hierarchy", "viz.html", "viz.report", "viz"),
     *("demo", "demo_features", "prompt_files", "cli", "__main__"),
 ]

@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_modules._checks import UnsupportedModelError, refuse
@@ -38,6 +38,7 @@ __all__ = [
     "head_write_matrices",
     "hooked",
     "kind_of",
+    "logits_of",
     "mlp_read_gain",
     "mlp_read_matrices",
     "mlp_write_gain",
@@ -265,6 +266,29 @@ def forward(
     run = _run_hooked if kind_of(model) == "hooked" else _run_bridge
     with torch.no_grad(), _evaluating(model):
         run(model, tokens, stop, arguments)
+
+
+def logits_of(
+    model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Bool[Tensor, "batch pos"] | None = None
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Run a right-padded batch to the end. Gradients are recorded if the caller records them; no dropout.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; its training flags are as before afterwards.
+        tokens: token ids.
+        attention_mask: see `forward`.
+
+    Raises:
+        InputError: see `forward`.
+    """
+    _check_length(model, tokens.shape[1])
+    if attention_mask is not None:
+        _check_right_padded(tokens, attention_mask)
+    tokens = tokens.to(next(model.parameters()).device)
+    arguments = {"padding_side": "right"} if kind_of(model) == "hooked" else {"use_cache": False}
+    with _evaluating(model):
+        logits: Tensor = model(tokens, return_type="logits", **arguments)
+    return logits
 
 
 def _check_length(model: Any, n_tokens: int) -> None:

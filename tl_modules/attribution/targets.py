@@ -1,0 +1,138 @@
+"""What scores are attributed to: one number a prompt, such as the log-probability of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_modules._checks import check_choice, refuse
+from tl_modules.attribution.read import PromptBatch
+from tl_modules.host import describe, tokenizer_of
+
+Answer = str | int | Sequence[str | int]
+"""One token for all prompts, as text or as an id, or one for each."""
+TargetKind = Literal["logprob", "logit", "logit_difference", "loss"]
+KINDS = ("logprob", "logit", "logit_difference", "loss")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number for each prompt, from the logits: at the last position, or over the prompt's own tokens."""
+
+    kind: TargetKind
+    answers: Int[np.ndarray, " prompt"]
+    """Token ids; for the loss, which asks for none, an empty array."""
+    wrong: Int[np.ndarray, " prompt"]
+    """The other token of a logit difference; empty for other kinds."""
+    labels: tuple[str, ...]
+    """What the target is called in tables, for each prompt."""
+
+    def values(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        batch: PromptBatch,
+        activations: dict[str, Tensor] | None = None,  # noqa: ARG002 - all that it needs is in the logits
+    ) -> Float[Tensor, " batch"]:
+        """The target of each prompt of a batch; differentiable."""
+        if self.kind == "loss":
+            return _loss(logits, batch)
+        rows = torch.arange(len(batch.rows), device=logits.device)
+        last = logits[rows, batch.last.to(logits.device)].float()
+        answers = _ids(self.answers, batch, logits)
+        if self.kind == "logprob":
+            return last[rows, answers] - last.logsumexp(-1)
+        if self.kind == "logit":
+            return last[rows, answers]
+        return last[rows, answers] - last[rows, _ids(self.wrong, batch, logits)]
+
+
+def make_target(
+    model: Any,
+    n_prompts: int,
+    answer: Answer | None,
+    *,
+    wrong: Answer | None = None,
+    kind: str = "logprob",
+) -> Target:
+    """Read what the user wants explained.
+
+    Args:
+        model: whose tokenizer reads text.
+        n_prompts: how many prompts there are.
+        answer: the token to explain, as text (with its leading space) or id; a list has one for each prompt.
+        wrong: the token to compare with, for "logit_difference".
+        kind: "logprob", "logit" or "logit_difference" of the answer at the last position, or "loss", the mean
+            loss over the prompt's own tokens, which takes no answer.
+
+    Raises:
+        InputError: an answer of several tokens (the message shows them), none where one is needed, a list of
+            another length than the prompts', or an id outside the vocabulary.
+    """
+    check_choice("target", kind, KINDS)
+    if kind == "loss":
+        if answer is not None:
+            refuse("answer", got=repr(answer), want="None: the loss is over the prompt's own tokens")
+        none = np.zeros(0, np.int64)
+        return Target("loss", none, none, ("loss",) * n_prompts)
+    answers = token_ids(model, n_prompts, answer, argument="answer")
+    needs_wrong = kind == "logit_difference"
+    if needs_wrong is (wrong is None):
+        want = "the token to compare with" if needs_wrong else "None for a target that compares nothing"
+        refuse("wrong", got=repr(wrong), want=want)
+    others = token_ids(model, n_prompts, wrong, argument="wrong") if needs_wrong else np.zeros(0, np.int64)
+    names = [_shown(model, int(token)) for token in answers]
+    if needs_wrong:
+        names = [f"{a} - {_shown(model, int(b))}" for a, b in zip(names, others, strict=True)]
+    return Target(kind, answers, others, tuple(f"{kind}({name})" for name in names))  # type: ignore[arg-type]
+
+
+def token_ids(
+    model: Any, n_prompts: int, answer: Answer | None, *, argument: str
+) -> Int[np.ndarray, " prompt"]:
+    """One token id for each prompt.
+
+    Raises:
+        InputError: see `make_target`.
+    """
+    if answer is None:
+        refuse(argument, got="None", want="a token, as text or id, or one for each prompt")
+    listed = [answer] * n_prompts if isinstance(answer, (str, int)) else list(answer)
+    if len(listed) != n_prompts:
+        refuse(argument, got=f"{len(listed)} of them", want=f"one for each of {n_prompts} prompts")
+    return np.array([_token_id(model, one, argument) for one in listed], dtype=np.int64)
+
+
+def _token_id(model: Any, answer: Any, argument: str) -> int:
+    if isinstance(answer, str):
+        ids = tokenizer_of(model)(answer, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            pieces = " + ".join(repr(tokenizer_of(model).decode([i])) for i in ids) or "nothing"
+            cure = "Answers of several tokens are not supported: append the first ones to the prompt."
+            refuse(argument, got=f"{answer!r}, which is {pieces}", want="text of one token", cure=cure)
+        return int(ids[0])
+    d_vocab = describe(model).d_vocab
+    if isinstance(answer, bool) or not isinstance(answer, (int, np.integer)) or not 0 <= answer < d_vocab:
+        refuse(argument, got=repr(answer), want=f"text, or a token id from 0 to {d_vocab - 1}")
+    return int(answer)
+
+
+def _shown(model: Any, token: int) -> str:
+    tokenizer = getattr(model, "tokenizer", None)
+    return str(token) if tokenizer is None else repr(tokenizer.decode([token]))
+
+
+def _ids(tokens: Int[np.ndarray, " prompt"], batch: PromptBatch, like: Tensor) -> Int[Tensor, " batch"]:
+    return torch.as_tensor(tokens[batch.rows], device=like.device)
+
+
+def _loss(logits: Float[Tensor, "batch pos d_vocab"], batch: PromptBatch) -> Float[Tensor, " batch"]:
+    tokens, real = batch.tokens.to(logits.device), batch.real.to(logits.device)
+    log_probs = logits[:, :-1].float().log_softmax(-1)
+    losses = -log_probs.gather(-1, tokens[:, 1:, None])[..., 0] * real[:, 1:]
+    return losses.sum(1) / real[:, 1:].sum(1).clamp(min=1)
