@@ -8,18 +8,17 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tl_modules._checks import refuse, unknown_hook
-from tl_modules._module_facts import check_same_units
 from tl_modules._module_points import ModulePoints
+from tl_modules._module_sites import matching_sites as _matching_sites
 from tl_modules._sae_points import KeepsHookPoints
-from tl_modules.bases import HeadBasis, NeuronBasis, as_basis
+from tl_modules.bases import as_basis
 from tl_modules.host import kind_of
 from tl_modules.modules import Modules
-from tl_modules.sites import Basis, CompositeBasis, LayerBasis, Site, units_of
+from tl_modules.sites import Basis
 from tl_modules.unit_cache import UnitCache
 
 Self = TypeVar("Self", bound="CarriesModules")
 Names = str | list[str] | Callable[[str], bool] | None
-_OWN_BASES: dict[str, type[LayerBasis]] = {"neuron": NeuronBasis, "head": HeadBasis}
 
 
 class CarriesModules(KeepsHookPoints):
@@ -221,25 +220,6 @@ def _view(cls: type[Self], model: Any) -> Self:
     del state["context_level"]
     vars(made).update(state, _acts_to_saes={}, _transcoder_output_hooks={})
     return made
-
-
-def _matching_sites(model: Any, modules: Modules, basis: Basis | None) -> list[Site]:
-    """The sites of the units that were decomposed, in the order of their labels."""
-    basis = _basis_of(modules) if basis is None else basis
-    sites = basis.sites(model)
-    check_same_units(modules.units, units_of(sites), argument="basis")
-    return sites
-
-
-def _basis_of(modules: Modules) -> Basis:
-    kinds = list(dict.fromkeys(modules.units["kind"]))
-    if not set(kinds) <= set(_OWN_BASES):
-        cure = "Give the basis that the activations were collected with."
-        refuse("basis", got=f"None for modules of {'s and '.join(kinds)}s", want="their basis", cure=cure)
-    layers = {
-        kind: modules.units.loc[modules.units["kind"] == kind, "layer"].unique().tolist() for kind in kinds
-    }
-    return CompositeBasis([_OWN_BASES[kind](layers[kind]) for kind in kinds])
 
 
 def _also(read: set[str], names_filter: Names) -> Callable[[str], bool]:

@@ -1,4 +1,4 @@
-"""One differentiable forward pass, with the activations at chosen hook points and the target's gradients there."""
+"""One differentiable forward pass: activations at chosen hook points and the target's gradients there."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def running(
     objective: Objective,
     replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Iterator[tuple[Float[Tensor, " batch"], Activations]]:
-    """The targets and the activations with the graph between them, for backward passes of the caller's own."""
+    """The targets and the activations with the graph between them, for other backward passes."""
     kept: Activations = {}
     hooks = {
         name: _keeping(kept, name, (replace or {}).get(name))
         for name in dict.fromkeys([EMBEDDED, *hook_names, *(replace or {})])
     }
-    with torch.enable_grad(), _without_parameter_gradients(model):
+    with torch.enable_grad(), without_parameter_gradients(model):
         with hooked(model, hooks) as counter:
             logits = logits_of(model, batch.tokens, batch.real)
             counter.check(1)
@@ -99,7 +99,8 @@ def _keeping(
 
 
 @contextmanager
-def _without_parameter_gradients(model: Any) -> Iterator[None]:
+def without_parameter_gradients(model: Any) -> Iterator[None]:
+    """Let no gradient be recorded for the parameters; their flags are as before afterwards."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

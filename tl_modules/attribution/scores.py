@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -64,6 +64,8 @@ class Scores:
     """Tokens of each prompt; positions beyond are padding and are in no table."""
     blocks: tuple[Block, ...]
     by_position: bool = False
+    of_prompt: Mapping[str, Float[Tensor, " prompt"]] = field(default_factory=dict)
+    """Further numbers, one for each prompt, which tables show as columns: the target's value and the like."""
 
     @property
     def kinds(self) -> list[str]:
@@ -136,6 +138,7 @@ class Scores:
             "method": self.method,
             "prompt": prompt,
             "source_name": np.repeat([block.name for block in blocks], sizes),
+            **{name: float(values[prompt]) for name, values in self.of_prompt.items()},
         }
         kept = slice(None) if top is None else _largest(score, top)
         return pd.DataFrame(
@@ -162,6 +165,7 @@ class Scores:
             tuple(n for part in parts for n in part.lengths),
             tuple(blocks),
             first.by_position,
+            {name: torch.cat([part.of_prompt[name] for part in parts]) for name in first.of_prompt},
         )
 
     def reordered(self, order: Iterable[int]) -> Scores:
@@ -174,6 +178,7 @@ class Scores:
             tuple(self.lengths[row] for row in rows),
             tuple(blocks),
             self.by_position,
+            {name: values[rows] for name, values in self.of_prompt.items()},
         )
 
 

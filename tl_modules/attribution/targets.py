@@ -26,9 +26,9 @@ class Target:
     """A number for each prompt, from the logits: at the last position, or over the prompt's own tokens."""
 
     kind: TargetKind
-    answers: Int[np.ndarray, " prompt"]
+    answers: Int[np.ndarray, " _"]
     """Token ids; for the loss, which asks for none, an empty array."""
-    wrong: Int[np.ndarray, " prompt"]
+    wrong: Int[np.ndarray, " _"]
     """The other token of a logit difference; empty for other kinds."""
     labels: tuple[str, ...]
     """What the target is called in tables, for each prompt."""

@@ -1,0 +1,207 @@
+"""Gradient attributions: attribution patching, input x gradient and integrated gradients.
+
+A forward and a backward pass score every head, every unit and every module of a batch of prompts at once.
+Sources: attribution patching, Nanda 2023 ("Attribution Patching: Activation Patching At Industrial Scale"),
+signs as in transformer-lens 3.9; integrated gradients, Sundararajan et al. 2017 (arXiv 1703.01365), along a
+path between two embeddings as in Hanna et al. 2024 (arXiv 2403.17806).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_modules._checks import check_choice, check_integer, refuse
+from tl_modules.attribution.components import component_gradients, components
+from tl_modules.attribution.read import PromptBatch, order_of, read_batches
+from tl_modules.attribution.record import EMBEDDED, Activations, Recorded, record
+from tl_modules.attribution.scores import Scores
+from tl_modules.attribution.sources import read_sources
+from tl_modules.attribution.targets import Answer, make_target
+from tl_modules.modules import Modules
+from tl_modules.sites import Basis, Site
+
+Method = Literal["input_x_gradient", "attribution_patching", "integrated_gradients"]
+METHODS = ("input_x_gradient", "attribution_patching", "integrated_gradients")
+
+
+def gradient_attribution(
+    model: Any, prompts: Any, answer: Answer | None = None, *, top: int | None = None, **options: Any
+) -> pd.DataFrame:
+    """`gradient_scores` as one long table.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompts: one text, or anything that `collect` takes.
+        answer: see `gradient_scores`.
+        top: keep the sources with the largest |score| of each kind and prompt.
+        **options: as for `gradient_scores`.
+
+    Returns:
+        The columns of every attribution table.
+    """
+    return gradient_scores(model, prompts, answer, **options).to_frame(top)
+
+
+def gradient_scores(
+    model: Any,
+    prompts: Any,
+    answer: Answer | None = None,
+    *,
+    wrong: Answer | None = None,
+    target: str = "logprob",
+    method: Method = "input_x_gradient",
+    corrupted: Any = None,
+    basis: str | Basis | None = "neurons",
+    modules: Modules | None = None,
+    by_position: bool = False,
+    n_steps: int = 5,
+    batch_tokens: int = 1024,
+) -> Scores:
+    """First-order effect of every embedding, head, unit and module on a target.
+
+    - input_x_gradient: activation times gradient on the prompt: minus the predicted effect of zeroing it.
+    - attribution_patching: (clean - corrupted activation) times the gradient on the corrupted prompt: the
+      predicted effect of patching the clean value into the corrupted run, signs as in transformer-lens 3.9.
+    - integrated_gradients: (clean - baseline activation) times the mean gradient along the straight path of
+      embeddings from the baseline to the prompt, midpoints. The baseline is the corrupted prompt, or without
+      one the mean of the prompt's own embeddings. Embeddings' scores sum to the difference in the target, up
+      to the column `completeness_error`.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompts: one text, or anything that `collect` takes.
+        answer: the token to explain, as text (with its leading space) or id; a list has one for each prompt.
+        wrong: the token to compare with, for target="logit_difference".
+        target: "logprob", "logit" or "logit_difference" of the answer at the last position, or "loss".
+        method: see above.
+        corrupted: prompts with as many tokens each, for attribution patching and integrated gradients.
+        basis: units to score, "neurons" or a `Basis`; None for none. Heads are scored always.
+        modules: also sum the scores by module and layer; units in no module are summed as "other".
+        by_position: score each position apart.
+        n_steps: points on the path of integrated gradients.
+        batch_tokens: positions that run together; memory grows with it.
+
+    Returns:
+        Blocks of kind "embedding", "head", "neuron" or "feature", "module" and "other".
+
+    Raises:
+        InputError: an answer of several tokens, a corrupted prompt of another length, or a method without
+            the corrupted prompts that it needs.
+    """
+    check_choice("method", method, METHODS)
+    check_integer("n_steps", n_steps, least=1)
+    sources = read_sources(model, basis, modules, heads=True)
+    batches = read_batches(model, prompts, batch_tokens=batch_tokens)
+    others = _corrupted_batches(model, corrupted, method, batches, batch_tokens)
+    wanted = make_target(model, sum(len(batch.rows) for batch in batches), answer, wrong=wrong, kind=target)
+    run = partial(record, model, hook_names=sources.hook_names, objective=wanted.values)
+    parts = []
+    for batch, other in zip(batches, others, strict=True):
+        path = _WAYS[method](run, batch, other, n_steps)
+        blocks = sources.blocks(path.embedding(batch), path.unit_scores, by_position=by_position)
+        labels = tuple(wanted.labels[row] for row in batch.rows)
+        parts.append(Scores(method, labels, batch.lengths, tuple(blocks), by_position, path.of_prompt(batch)))
+    return Scores.joined(parts).reordered(order_of(batches))
+
+
+def _corrupted_batches(
+    model: Any, corrupted: Any, method: str, batches: list[PromptBatch], batch_tokens: int
+) -> Sequence[PromptBatch | None]:
+    """The corrupted prompts in the same batches as the clean ones."""
+    if corrupted is None:
+        if method == "attribution_patching":
+            refuse("corrupted", got="None", want="prompts to patch into", cure="Or use input_x_gradient.")
+        return [None] * len(batches)
+    if method == "input_x_gradient":
+        refuse("corrupted", got="prompts", want="None", cure="Use attribution_patching or another method.")
+    others = read_batches(model, corrupted, batch_tokens=batch_tokens)
+    lengths, own = (
+        np.concatenate([batch.lengths for batch in some])[order_of(some)] for some in (others, batches)
+    )
+    if len(lengths) != len(own):
+        refuse("corrupted", got=f"{len(lengths)} prompts", want=f"{len(own)}, one for each prompt")
+    if (lengths != own).any():
+        first = int((lengths != own).argmax())
+        got = f"{lengths[first]} tokens in corrupted[{first}]"
+        refuse("corrupted", got=got, want=f"{own[first]}, as in the prompt")
+    return others
+
+
+@dataclass(frozen=True)
+class _Path:
+    """From a baseline to the prompt: activations at both ends, and the gradients to multiply with."""
+
+    clean: Activations
+    base: Activations | None
+    """None for a baseline of zeros."""
+    gradients: Activations
+    value: Float[Tensor, " batch"]
+    """The target on the prompt."""
+    base_value: Float[Tensor, " batch"] | None
+
+    def embedding(self, batch: PromptBatch) -> Float[Tensor, "batch pos"]:
+        change = self.clean[EMBEDDED] - (0 if self.base is None else self.base[EMBEDDED])
+        scores = (change * self.gradients[EMBEDDED]).sum(-1)
+        return scores * batch.real.to(scores.device)
+
+    def unit_scores(self, site: Site) -> Float[Tensor, "batch pos unit"]:
+        now = components(site, self.clean[site.hook_name])
+        output, gradient = self.clean[site.write_name], self.gradients[site.write_name]
+        change = now if self.base is None else now - components(site, self.base[site.hook_name])
+        return (change * component_gradients(site, now, output, gradient)).sum(-1)
+
+    def of_prompt(self, batch: PromptBatch) -> dict[str, Float[Tensor, " batch"]]:
+        if self.base_value is None:
+            return {"target_value": self.value}
+        difference = self.value - self.base_value
+        found = {"target_value": self.value, "base_value": self.base_value}
+        return found | {"completeness_error": self.embedding(batch).sum(1) - difference}
+
+
+_Run = Callable[..., Recorded]
+
+
+def _input_x_gradient(run: _Run, batch: PromptBatch, _other: PromptBatch | None, _n_steps: int) -> _Path:
+    here = run(batch)
+    return _Path(here.activations, None, here.gradients, here.values, None)
+
+
+def _attribution_patching(run: _Run, batch: PromptBatch, other: PromptBatch | None, _n_steps: int) -> _Path:
+    clean, corrupted = run(batch), run(other)
+    return _Path(
+        clean.activations, corrupted.activations, corrupted.gradients, clean.values, corrupted.values
+    )
+
+
+def _integrated_gradients(run: _Run, batch: PromptBatch, other: PromptBatch | None, n_steps: int) -> _Path:
+    clean = run(batch)
+    end = clean.activations[EMBEDDED]
+    real = batch.real.to(end.device)[..., None]
+    start = (
+        run(other).activations[EMBEDDED] if other else (end * real).sum(1, keepdim=True) / real.sum(1, True)
+    )
+    at = partial(_along, start.expand_as(end), end)
+    base = run(batch, replace={EMBEDDED: at(0.0)})
+    steps = [run(batch, replace={EMBEDDED: at((i + 0.5) / n_steps)}) for i in range(n_steps)]
+    mean = {name: torch.stack([s.gradients[name] for s in steps]).mean(0) for name in clean.gradients}
+    return _Path(clean.activations, base.activations, mean, clean.values, base.values)
+
+
+def _along(start: Tensor, end: Tensor, share: float) -> Callable[[Tensor], Tensor]:
+    return lambda _activation: start + share * (end - start)
+
+
+_WAYS: dict[str, Callable[..., _Path]] = {
+    "input_x_gradient": _input_x_gradient,
+    "attribution_patching": _attribution_patching,
+    "integrated_gradients": _integrated_gradients,
+}
