@@ -6,7 +6,8 @@ import torch
 from tiny_models import ALL_MODELS, N_HEADS, N_LAYERS
 
 from tl_modules._checks import InputError
-from tl_modules.attribution.gradient import gradient_attribution, gradient_scores
+from tl_modules.attribution import gradient
+from tl_modules.attribution.gradient import METHODS, gradient_attribution, gradient_scores
 from tl_modules.attribution.read import read_batches
 from tl_modules.attribution.record import EMBEDDED, record
 from tl_modules.attribution.scores import COLUMNS
@@ -58,7 +59,7 @@ def test_gradients_are_slopes(model, name, kind):
 
 
 def test_a_small_dose_does_what_the_score_says(model):
-    scores = gradient_scores(model, PROMPTS, 7, basis=NeuronBasis([1]))
+    scores = gradient_scores(model, PROMPTS, 7, method="input_x_gradient", basis=NeuronBasis([1]))
     before = target_values(model, PROMPTS)
     less = 1e-3
     head = {"blocks.0.attn.hook_z": lambda z: torch.cat([z[:, :, :1] * (1 - less), z[:, :, 1:]], 2)}
@@ -78,7 +79,7 @@ def z_has_heads(model):
     return seen == [4]
 
 
-@pytest.mark.parametrize("method", ["input_x_gradient", "attribution_patching", "integrated_gradients"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_batch_is_one_prompt_at_a_time(model, method):
     others = None if method == "input_x_gradient" else OTHERS
     options = {"method": method, "basis": "neurons", "by_position": True, "n_steps": 2}
@@ -169,7 +170,7 @@ def test_nothing_is_left_behind(model):
         ({"answer": 1, "target": "logit_difference"}, "wrong: got None"),
         ({"answer": 1, "wrong": 2}, "wrong: got 2"),
         ({"answer": 1, "method": "attribution_patching"}, "corrupted: got None"),
-        ({"answer": 1, "corrupted": OTHERS}, "corrupted: got prompts"),
+        ({"answer": 1, "method": "input_x_gradient", "corrupted": OTHERS}, "corrupted: got prompts"),
         (
             {"answer": 1, "method": "attribution_patching", "corrupted": ["abc d", *OTHERS[1:]]},
             r"tokens in corrupted\[0\]",
@@ -179,3 +180,51 @@ def test_nothing_is_left_behind(model):
 def test_bad_input_is_refused(any_model, options, message):
     with pytest.raises(InputError, match=message):
         gradient_scores(any_model, PROMPTS, **options)
+
+
+@pytest.mark.parametrize("corrupted", [None, OTHERS[0]])
+def test_two_points_by_hand(model, corrupted, monkeypatch):
+    """Heads one at a time, one group, so that what is brought halfway can be written down."""
+    monkeypatch.setattr(gradient, "N_GROUPS", 2)
+    monkeypatch.setattr(gradient, "GROUP_SIZE", 1)
+    found = gradient_scores(model, PROMPTS[0], 7, basis=None, corrupted=corrupted).tensor("head")[0, :, 0]
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(N_LAYERS)]
+    wanted = make_target(model, 1, 7)
+    (batch,) = read_batches(model, PROMPTS[0])
+    here = record(model, batch, names, wanted.values)
+    shape = (*here.activations[names[0]].shape[:2], model.cfg.n_heads, -1)
+    z = {name: here.activations[name].reshape(shape) for name in names}
+    base = {name: torch.zeros_like(z[name]) for name in names}
+    if corrupted is not None:
+        (other,) = read_batches(model, corrupted)
+        there = record(model, other, names, wanted.values).activations
+        base = {name: there[name].reshape(shape) for name in names}
+    expected = torch.stack(
+        [((z[n] - base[n]) * here.gradients[n].reshape(shape)).sum((0, 1, 3)) for n in names]
+    )
+    for index in expected.abs().flatten().topk(2).indices.tolist():
+        layer, head = divmod(index, model.cfg.n_heads)
+        name = names[layer]
+
+        def half(a, name=name, head=head):
+            new = a.reshape(shape).clone()
+            new[:, :, head] = (new[:, :, head] + base[name][:, :, head]) / 2
+            return new.reshape(a.shape)
+
+        slope = (
+            record(model, batch, names, wanted.values, replace={name: half}).gradients[name].reshape(shape)
+        )
+        twice = ((z[name] - base[name]) * slope)[:, :, head].sum()
+        expected[layer, head] = (expected[layer, head] + twice) / 2
+    assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_groups_hold_the_heads_that_matter_apart(monkeypatch):
+    monkeypatch.setattr(gradient, "N_GROUPS", 2)
+    monkeypatch.setattr(gradient, "GROUP_SIZE", 2)
+    scores = [
+        torch.tensor([[9.0, 1.0], [0.0, 0.1]]),
+        torch.tensor([[-8.0, 2.0], [3.0, -4.0]]),
+        torch.tensor([[0.0, -7.0], [5.0, 6.0]]),
+    ]
+    assert gradient._groups(scores).tolist() == [[[0, -1], [1, 0], [-1, 1]], [[-1, -1], [0, 1], [0, 1]]]

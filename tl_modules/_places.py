@@ -6,7 +6,7 @@ One that is not listed here has no known width and no directions; its values can
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -53,6 +53,32 @@ def layer_of(hook_name: str) -> int:
 
 def _point(hook_name: str) -> str:
     return hook_name.split(".", 2)[2]
+
+
+def part_written(hook_name: str) -> Literal["residual", "attention", "mlp"]:
+    """Whether a hook point carries the whole residual stream, or what attention or the MLP add to it.
+
+    Raises:
+        UnsupportedModelError: what is written there does not go straight into the residual stream.
+
+    Example:
+        >>> part_written("blocks.3.mlp.hook_post")
+        'mlp'
+    """
+    point = _point(hook_name)
+    if point in _RESIDUAL:
+        return "residual"
+    if point in (*_HEADS, "hook_attn_out"):
+        return "attention"
+    if point in (*_NEURONS, *_BEFORE_POST_NORM, "hook_mlp_out"):
+        return "mlp"
+    raise _not_written(hook_name)
+
+
+def _not_written(hook_name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"What is written at {hook_name} does not go straight into the residual stream."
+    )
 
 
 def width_of(model: Any, hook_name: str, head: int | None = None) -> int | None:
@@ -123,6 +149,4 @@ def written_to_residual(
     if point in _HEADS:
         matrices = head_write_matrices(model, layer).to(rows)
         return rows @ (matrices.flatten(0, 1) if head is None else matrices[head])
-    raise UnsupportedModelError(
-        f"What is written at {hook_name} does not go straight into the residual stream."
-    )
+    raise _not_written(hook_name)

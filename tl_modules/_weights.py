@@ -54,15 +54,33 @@ def mlp_read_gain(model: Any, layer: int) -> Float[Tensor, " d_model"]:
     return torch.ones_like(like) if norm is None else norm_gain(norm, like)
 
 
+def attention_read_gain(model: Any, layer: int) -> Float[Tensor, " d_model"]:
+    """The gain of the norm before attention; ones where it was folded into the weights or there is none."""
+    block = model.blocks[layer]
+    like = head_value_matrices(model, layer)[0, :, 0]
+    norm = None if _mlp_reads_residual(block) else getattr(block, "ln1", None)
+    return torch.ones_like(like) if norm is None else norm_gain(norm, like)
+
+
+def head_value_matrices(model: Any, layer: int) -> Float[Tensor, "head d_model d_head"]:
+    """`W_V` of each query head; heads of a group have the same one."""
+    weights: Tensor = model.blocks[layer].attn.W_V.detach()
+    return weights.repeat_interleave(int(model.cfg.n_heads) // len(weights), dim=0)
+
+
 def head_write_matrices(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
     """`W_O` of each head, times the gain of a norm after attention and the residual multiplier, if any."""
     block = model.blocks[layer]
     matrices = block.attn.W_O.detach()
-    norm = getattr(block, "ln1_post", None)
-    if norm is None and _mlp_reads_residual(block):
-        norm = block.ln1
+    norm = post_attention_norm(block)
     gain = 1.0 if norm is None else norm_gain(norm, matrices[0, 0])
     return matrices * gain * float(getattr(model.cfg, "residual_multiplier", None) or 1.0)
+
+
+def post_attention_norm(block: Any) -> Any:
+    """The norm between attention and the residual stream, or None."""
+    norm = getattr(block, "ln1_post", None)
+    return block.ln1 if norm is None and _mlp_reads_residual(block) else norm
 
 
 def post_mlp_norm(block: Any) -> Any:

@@ -270,8 +270,10 @@ def forward(
 
 def logits_of(
     model: Any, tokens: Int[Tensor, "batch pos"], attention_mask: Bool[Tensor, "batch pos"] | None = None
-) -> Float[Tensor, "batch pos d_vocab"]:
+) -> Float[Tensor, "batch _ d_vocab"]:
     """Run a right-padded batch to the end. Gradients are recorded if the caller records them; no dropout.
+
+    Logits are [batch, pos, d_vocab], but where a hook hands fewer positions to the unembedding.
 
     Args:
         model: a HookedTransformer or TransformerBridge; its training flags are as before afterwards.

@@ -1,4 +1,4 @@
-"""Units as what a gradient can be taken of: a number each, or for a head the vector z that it writes from."""
+"""The gradient with respect to units, from that with respect to the activation that they act on."""
 
 from __future__ import annotations
 
@@ -8,32 +8,25 @@ from torch import Tensor
 
 from tl_modules.bases import HeadSite
 from tl_modules.sites import Activation, Site
-
-Components = Float[Tensor, "batch pos unit component"]
-
-
-def components(site: Site, activation: Activation) -> Components:
-    """The units' values, with an axis of length 1; the z of each head."""
-    if isinstance(site, HeadSite):
-        return activation.reshape(*activation.shape[:2], site.n_units, -1)
-    return site.values(activation)[..., None]
+from tl_modules.unit_values import Components
 
 
 def component_gradients(
-    site: Site, values: Components, output: Activation, gradient: Activation
-) -> Components:
-    """The gradient with respect to the components, from that with respect to the activation they act on.
+    site: Site, values: Components, output: Activation, gradients: Float[Tensor, row * activation]
+) -> Float[Tensor, "row batch pos unit component"]:
+    """Gradients with respect to the units' values, or to the z of each head.
 
     Args:
         site: whose units.
-        values: their components.
+        values: as `read_components` gives them.
         output: the activation at `site.write_name`.
-        gradient: of the target, there.
+        gradients: of one or more targets, there.
     """
     if isinstance(site, HeadSite):
-        return gradient.reshape(values.shape)
+        return gradients.reshape(len(gradients), *values.shape)
     now = values[..., 0].detach()
     with torch.enable_grad():
         new = now.clone().requires_grad_()
-        (found,) = torch.autograd.grad(site.edited(output.detach(), now, new), new, gradient)
+        edited = site.edited(output.detach(), now, new)
+        (found,) = torch.autograd.grad(edited, new, gradients.to(edited), is_grads_batched=True)
     return found[..., None]

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_modules._checks import check_choice, check_integer, refuse
-from tl_modules.attribution.components import component_gradients, components
+from tl_modules.attribution.components import component_gradients
 from tl_modules.attribution.read import PromptBatch, order_of, read_batches
 from tl_modules.attribution.record import EMBEDDED, Activations, Recorded, record
 from tl_modules.attribution.scores import Scores
@@ -28,9 +28,12 @@ from tl_modules.attribution.sources import read_sources
 from tl_modules.attribution.targets import Answer, make_target
 from tl_modules.modules import Modules
 from tl_modules.sites import Basis, Site
+from tl_modules.unit_values import read_components
 
-Method = Literal["input_x_gradient", "attribution_patching", "integrated_gradients"]
-METHODS = ("input_x_gradient", "attribution_patching", "integrated_gradients")
+Method = Literal["two_point", "input_x_gradient", "attribution_patching", "integrated_gradients"]
+METHODS = ("two_point", "input_x_gradient", "attribution_patching", "integrated_gradients")
+N_GROUPS, GROUP_SIZE = 5, 10
+"""How many heads the two-point method looks at twice, and how many of these at a time."""
 
 
 def gradient_attribution(
@@ -58,7 +61,7 @@ def gradient_scores(
     *,
     wrong: Answer | None = None,
     target: str = "logprob",
-    method: Method = "input_x_gradient",
+    method: Method = "two_point",
     corrupted: Any = None,
     basis: str | Basis | None = "neurons",
     modules: Modules | None = None,
@@ -68,7 +71,13 @@ def gradient_scores(
 ) -> Scores:
     """First-order effect of every embedding, head, unit and module on a target.
 
+    - two_point: input_x_gradient, or with corrupted prompts the change of the activation from these times the
+      gradient on the clean prompt; and for the 50 heads that matter most by it, the mean of this gradient
+      and that with the head halfway to what it is compared with. Ten heads, spread over the layers, are
+      brought there at a time, so that all takes 6 forward and backward passes. It foretells what ablating a
+      head does better than the others do.
     - input_x_gradient: activation times gradient on the prompt: minus the predicted effect of zeroing it.
+      One forward and one backward pass.
     - attribution_patching: (clean - corrupted activation) times the gradient on the corrupted prompt: the
       predicted effect of patching the clean value into the corrupted run, signs as in transformer-lens 3.9.
     - integrated_gradients: (clean - baseline activation) times the mean gradient along the straight path of
@@ -106,7 +115,7 @@ def gradient_scores(
     run = partial(record, model, hook_names=sources.hook_names, objective=wanted.values)
     parts = []
     for batch, other in zip(batches, others, strict=True):
-        path = _WAYS[method](run, batch, other, n_steps)
+        path = _WAYS[method](run, batch, other, n_steps, sources.heads)
         blocks = sources.blocks(path.embedding(batch), path.unit_scores, by_position=by_position)
         labels = tuple(wanted.labels[row] for row in batch.rows)
         parts.append(Scores(method, labels, batch.lengths, tuple(blocks), by_position, path.of_prompt(batch)))
@@ -154,10 +163,10 @@ class _Path:
         return scores * batch.real.to(scores.device)
 
     def unit_scores(self, site: Site) -> Float[Tensor, "batch pos unit"]:
-        now = components(site, self.clean[site.hook_name])
+        now = read_components(site, self.clean[site.hook_name])
         output, gradient = self.clean[site.write_name], self.gradients[site.write_name]
-        change = now if self.base is None else now - components(site, self.base[site.hook_name])
-        return (change * component_gradients(site, now, output, gradient)).sum(-1)
+        change = now if self.base is None else now - read_components(site, self.base[site.hook_name])
+        return (change * component_gradients(site, now, output, gradient[None])[0]).sum(-1)
 
     def of_prompt(self, batch: PromptBatch) -> dict[str, Float[Tensor, " batch"]]:
         if self.base_value is None:
@@ -170,19 +179,66 @@ class _Path:
 _Run = Callable[..., Recorded]
 
 
-def _input_x_gradient(run: _Run, batch: PromptBatch, _other: PromptBatch | None, _n_steps: int) -> _Path:
+def _input_x_gradient(run: _Run, batch: PromptBatch, _other: PromptBatch | None, *_: Any) -> _Path:
     here = run(batch)
     return _Path(here.activations, None, here.gradients, here.values, None)
 
 
-def _attribution_patching(run: _Run, batch: PromptBatch, other: PromptBatch | None, _n_steps: int) -> _Path:
+def _attribution_patching(run: _Run, batch: PromptBatch, other: PromptBatch | None, *_: Any) -> _Path:
     clean, corrupted = run(batch), run(other)
     return _Path(
         clean.activations, corrupted.activations, corrupted.gradients, clean.values, corrupted.values
     )
 
 
-def _integrated_gradients(run: _Run, batch: PromptBatch, other: PromptBatch | None, n_steps: int) -> _Path:
+def _two_point(
+    run: _Run, batch: PromptBatch, other: PromptBatch | None, _n_steps: int, heads: list[Site]
+) -> _Path:
+    clean = run(batch)
+    base = None if other is None else run(other)
+    gradients = dict(clean.gradients)
+    start = {} if base is None else base.activations
+    z = {site.hook_name: read_components(site, clean.activations[site.hook_name]) for site in heads}
+    group = _groups([_head_scores(z[name], start.get(name), gradients[name]) for name in z])
+    for number in range(int(group.max()) + 1):
+        chosen = {name: (group[:, layer] == number)[:, None, :, None] for layer, name in enumerate(z)}
+        chosen = {name: mask for name, mask in chosen.items() if mask.any()}
+        replace = {name: partial(_halfway, start.get(name), mask) for name, mask in chosen.items()}
+        halved = run(batch, replace=replace).gradients
+        for name, mask in chosen.items():
+            own = mask.expand(z[name].shape).reshape(halved[name].shape)
+            gradients[name] = torch.where(own, (clean.gradients[name] + halved[name]) / 2, gradients[name])
+    base_value = None if base is None else base.values
+    return _Path(clean.activations, start or None, gradients, clean.values, base_value)
+
+
+def _head_scores(
+    z: Float[Tensor, "batch pos head d_head"], start: Tensor | None, gradient: Tensor
+) -> Float[Tensor, "batch head"]:
+    change = z if start is None else z - start.reshape(z.shape)
+    return (change * gradient.reshape(z.shape)).sum((1, 3))
+
+
+def _groups(scores: list[Float[Tensor, "batch head"]]) -> Int[Tensor, "batch layer head"]:
+    """The group of each head, -1 for those that matter least: neighbours in depth are in different groups."""
+    size = torch.stack(scores, 1).abs()
+    flat = size.flatten(1)
+    n_chosen = min(N_GROUPS * GROUP_SIZE, flat.shape[1])
+    chosen = flat.topk(n_chosen, dim=1).indices.sort(dim=1).values
+    numbers = torch.arange(n_chosen, device=flat.device) % N_GROUPS
+    group = torch.full_like(flat, -1, dtype=torch.long)
+    return group.scatter_(1, chosen, numbers.expand_as(chosen)).reshape(size.shape)
+
+
+def _halfway(start: Tensor | None, mask: Bool[Tensor, "batch _ head _"], z: Tensor) -> Tensor:
+    by_head = z.reshape(*z.shape[:2], mask.shape[2], -1)
+    end = torch.zeros_like(by_head) if start is None else start.reshape(by_head.shape)
+    return torch.where(mask, (by_head + end) / 2, by_head).reshape(z.shape)
+
+
+def _integrated_gradients(
+    run: _Run, batch: PromptBatch, other: PromptBatch | None, n_steps: int, *_: Any
+) -> _Path:
     clean = run(batch)
     end = clean.activations[EMBEDDED]
     real = batch.real.to(end.device)[..., None]
@@ -201,6 +257,7 @@ def _along(start: Tensor, end: Tensor, share: float) -> Callable[[Tensor], Tenso
 
 
 _WAYS: dict[str, Callable[..., _Path]] = {
+    "two_point": _two_point,
     "input_x_gradient": _input_x_gradient,
     "attribution_patching": _attribution_patching,
     "integrated_gradients": _integrated_gradients,

@@ -1,0 +1,301 @@
+"""Direct logit attribution: what each part of a model writes straight to the logit of an answer.
+
+The parts of the last residual stream are seen through the final norm, its division held fixed, and the
+unembedding, so that scores are the same whether the norm's gain was folded into the weights or not. They sum
+to the logit.
+Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Wang et al. 2022
+(arXiv 2211.00593).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_modules._checks import UnsupportedModelError, check_choice, refuse
+from tl_modules.attribution.direct import LastPass, Readout
+from tl_modules.attribution.direct_parts import KINDS, Part, Plan, make_plan
+from tl_modules.attribution.read import PromptBatch, order_of, read_batches
+from tl_modules.attribution.scores import Block, Scores
+from tl_modules.attribution.targets import Answer, make_target
+from tl_modules.modules import Modules
+from tl_modules.sites import Basis
+
+METHOD = "direct logit"
+_SINGLE_TOLERANCE, _HALF_TOLERANCE = 1e-3, 5e-2
+Tokens = Int[np.ndarray, "prompt target"]
+
+
+def direct_logit_attribution(
+    model: Any, prompts: Any, answer: Answer, *, top: int | None = None, **options: Any
+) -> pd.DataFrame:
+    """What each head, unit, embedding and bias adds to an answer's logit, at each prompt's last position.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge, folded or not.
+        prompts: one text, or anything that `collect` takes.
+        answer: the token, as text (with its leading space) or id; a list has one for each prompt.
+        top: keep the sources with the largest |score| of each kind and prompt; None keeps all.
+        **options: as for `direct_logit_scores`.
+
+    Returns:
+        The columns of every attribution table, then `explained`, the logit (or difference) that the prompt's
+        scores sum to, and `output`, the same of the model's own logits. The two differ only in a model that
+        soft-caps its logits (Gemma 2), where `explained` is from before the cap. For a table cut by `top` or
+        `sources`, `explained` is still that of all sources.
+
+    Raises:
+        InputError: see `direct_logit_scores`.
+
+    Example:
+        >>> direct_logit_attribution(None, "The capital of France is", " Paris", target="logprob")
+        Traceback (most recent call last):
+        ...
+        tl_modules._checks.InputError: target: got 'logprob', expected 'logit' or 'logit_difference'...
+    """
+    return direct_logit_scores(model, prompts, answer, **options).to_frame(top)
+
+
+def logit_table(
+    model: Any,
+    prompts: Any,
+    candidates: Sequence[str | int],
+    *,
+    basis: str | Basis | None = None,
+    modules: Modules | None = None,
+    sources: Sequence[str] | None = None,
+    exact: bool = True,
+    top: int | None = None,
+    progress: bool = True,
+    **reading: Any,
+) -> pd.DataFrame:
+    """Direct logit attribution of several candidate answers at once, in one forward pass a batch.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompts: one text, or anything that `collect` takes.
+        candidates: tokens, the same for all prompts, as text or ids.
+        basis: as for `direct_logit_scores`.
+        modules: as for `direct_logit_scores`.
+        sources: as for `direct_logit_scores`.
+        exact: as for `direct_logit_scores`.
+        top: as for `direct_logit_attribution`, of each prompt and candidate.
+        progress: show a progress bar.
+        **reading: as for `direct_logit_scores`.
+
+    Returns:
+        As `direct_logit_attribution`, with one target for each candidate. A matrix of modules and candidates:
+        `table[table.source_kind == "module"].pivot_table("score", "source_index", "target", aggfunc="sum")`
+        for one prompt.
+
+    Raises:
+        InputError: as `direct_logit_scores`; or no candidates, or one twice.
+
+    Example:
+        >>> logit_table(None, "The capital of France is", " Paris")
+        Traceback (most recent call last):
+        ...
+        tl_modules._checks.InputError: candidates: got ' Paris', expected a list of tokens...
+    """
+    listed = [] if isinstance(candidates, str) else list(candidates)
+    if not listed or len(set(listed)) < len(listed):
+        refuse("candidates", got=repr(candidates), want="a list of tokens, each of them once")
+    plan = make_plan(model, basis, modules, exact=exact)
+    batches = _read(model, prompts, basis, reading)
+    request = _request_each(model, _n_prompts(batches), listed)
+    scores = _attributed(plan, batches, request, sources=sources, progress=progress)
+    table = scores.to_frame(top)
+    return table.assign(prompt=table["prompt"] // len(listed))
+
+
+def direct_logit_scores(
+    model: Any,
+    prompts: Any,
+    answer: Answer,
+    *,
+    wrong: Answer | None = None,
+    target: str | None = None,
+    basis: str | Basis | None = None,
+    modules: Modules | None = None,
+    sources: Sequence[str] | None = None,
+    exact: bool = True,
+    progress: bool = True,
+    **reading: Any,
+) -> Scores:
+    """Direct logit attribution as tensors.
+
+    Kinds of source, one block of scores for each kind and layer:
+
+    - embedding: token and learned position of the last position; layer -1.
+    - head: what a head writes, z W_O. Biases of its values, and of the norm before them, are part of it
+      unless they were folded into `b_O`.
+    - neuron, feature: a unit's value times what its write direction adds. mlp: the MLP of a layer in which
+      the basis has no units, as a whole.
+    - error: of a layer with features, what they leave unexplained, the SAE's own bias included.
+    - module: the sum over a module's units in a layer; other: that over the units in no module and the error.
+    - bias: of a layer, `b_O` and `b_out` (index 0 and 1); of layer -1, the final norm's and the
+      unembedding's. A norm after attention or the MLP (Gemma 2) counts its bias with theirs.
+
+    Features of the residual stream (at `hook_resid_post`) stand for all that was written before them: the
+    embedding and the heads and MLPs of these layers are then not listed. Attention features replace the heads
+    of their layer. A norm after attention or the MLP is held fixed like the final norm.
+
+    A logit has a part that all tokens share, which centring the unembedding takes away; a difference of two
+    logits has none and is the better target.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge, folded or not.
+        prompts: one text, or anything that `collect` takes.
+        answer: the token, as text (with its leading space) or id; a list has one for each prompt.
+        wrong: the token whose logit is subtracted.
+        target: "logit" or "logit_difference"; None chooses by `wrong`.
+        basis: "neurons", "heads" (MLPs as a whole) or a `Basis`; None for that of the modules, or neurons.
+        modules: sum the scores of units over the modules that they are in.
+        sources: kinds to keep; None keeps all, which sum to the logit.
+        exact: False scores units that overlap, such as SAEs of the residual stream at several layers; the
+            scores then do not sum to the logit, and remainders are left out.
+        progress: show a progress bar.
+        **reading: `batch_tokens`, `chat` and `prepend_bos`, as for `read_batches`; by default texts get the
+            start token if the basis or the model asks for it.
+
+    Returns:
+        Scores of each prompt, with `of_prompt["explained"]`, what they sum to, and `of_prompt["output"]`; see
+        `direct_logit_attribution`.
+
+    Raises:
+        InputError: a target that has no exact direct attribution, an answer of several tokens, units that do
+            not fit the model or overlap, an unknown kind of source.
+        UnsupportedModelError: the parts do not sum to the model's own logit: the model adds something that
+            is not known here. Or units that do not write straight into the residual stream.
+
+    Example:
+        >>> direct_logit_scores(None, "The capital of France is", " Paris", target="loss")
+        Traceback (most recent call last):
+        ...
+        tl_modules._checks.InputError: target: got 'loss', expected 'logit' or 'logit_difference'...
+    """
+    kind = check_target(target, wrong)
+    plan = make_plan(model, basis, modules, exact=exact)
+    batches = _read(model, prompts, basis, reading)
+    request = _request(model, _n_prompts(batches), answer, wrong, kind)
+    return _attributed(plan, batches, request, sources=sources, progress=progress)
+
+
+def _read(model: Any, prompts: Any, basis: str | Basis | None, reading: dict[str, Any]) -> list[PromptBatch]:
+    if isinstance(basis, Basis) and reading.get("prepend_bos") is None:
+        reading = reading | {"prepend_bos": basis.prepend_bos}
+    return read_batches(model, prompts, **reading)
+
+
+def _n_prompts(batches: list[PromptBatch]) -> int:
+    return sum(len(batch.rows) for batch in batches)
+
+
+@dataclass(frozen=True)
+class _Request:
+    tokens: Tokens
+    against: Tokens | None
+    labels: tuple[str, ...]
+    """Of each row."""
+
+
+def check_target(target: str | None, wrong: Answer | None) -> str:
+    """The target that is meant: "logit" or "logit_difference".
+
+    Raises:
+        InputError: another target, which is no sum of direct effects.
+
+    Example:
+        >>> check_target(None, wrong=" red")
+        'logit_difference'
+    """
+    kind = target or ("logit" if wrong is None else "logit_difference")
+    if kind in ("logprob", "loss"):
+        refuse(
+            "target",
+            got=repr(kind),
+            want="'logit' or 'logit_difference': a log-probability is no sum of direct effects",
+            cure="Pass wrong=... for a difference of two logits, or use a gradient method.",
+        )
+    return check_choice("target", kind, ("logit", "logit_difference"))
+
+
+def _request(model: Any, n_prompts: int, answer: Answer, wrong: Answer | None, kind: str) -> _Request:
+    target = make_target(model, n_prompts, answer, wrong=wrong, kind=kind)
+    against = target.wrong[:, None] if len(target.wrong) else None
+    return _Request(target.answers[:, None], against, target.labels)
+
+
+def _request_each(model: Any, n_prompts: int, candidates: Sequence[str | int]) -> _Request:
+    target = make_target(model, len(candidates), candidates, kind="logit")
+    return _Request(np.tile(target.answers, (n_prompts, 1)), None, target.labels * n_prompts)
+
+
+def _attributed(
+    plan: Plan,
+    batches: list[PromptBatch],
+    request: _Request,
+    *,
+    sources: Sequence[str] | None,
+    progress: bool,
+) -> Scores:
+    for source in sources or ():
+        check_choice("sources", source, KINDS)
+    bar = tqdm(batches, desc="Attributing", unit="batch", disable=not progress)
+    return _joined([_of_batch(plan, batch, request, sources) for batch in bar], batches, request)
+
+
+def _of_batch(plan: Plan, batch: PromptBatch, request: _Request, sources: Sequence[str] | None) -> Scores:
+    tokens = torch.as_tensor(request.tokens[batch.rows])
+    against = None if request.against is None else torch.as_tensor(request.against[batch.rows])
+    run = plan.run(batch)
+    parts = list(plan.parts(Readout.of_tokens(run, tokens, against)))
+    explained, output = (_picked(logits, tokens, against) for logits in (run.linear, run.logits))
+    if not plan.loose:
+        _check_sum(run, parts, explained)
+    n_targets = tokens.shape[1]
+    rows = [row * n_targets + i for row in batch.rows for i in range(n_targets)]
+    kept = [part for part in parts if sources is None or part.kind in sources]
+    blocks = [Block(p.kind, p.layer, p.shares.flatten(0, 1)[:, None].cpu(), p.name) for p in kept]
+    if not blocks:
+        have = ", ".join(dict.fromkeys(part.kind for part in parts))
+        refuse("sources", got=repr(list(sources or ())), want=f"some of what there is: {have}")
+    lengths = tuple(length for length in batch.lengths for _ in range(n_targets))
+    labels = tuple(request.labels[row] for row in rows)
+    values = {"explained": explained, "output": output}
+    return Scores(METHOD, labels, lengths, tuple(blocks), of_prompt=values)
+
+
+def _picked(logits: Tensor, tokens: Tensor, against: Tensor | None) -> Float[Tensor, " row"]:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu()
+    picked = logits.gather(1, tokens)
+    return (picked if against is None else picked - logits.gather(1, against)).flatten()
+
+
+def _check_sum(run: LastPass, parts: list[Part], explained: Float[Tensor, " row"]) -> None:
+    """Raise where the parts do not make up the logit, with room for rounding only."""
+    total = torch.stack([part.shares.double().sum(-1).flatten() for part in parts]).sum(0).cpu()
+    size = torch.stack([part.shares.double().abs().sum(-1).flatten() for part in parts]).sum(0).cpu()
+    tolerance = _SINGLE_TOLERANCE if run.logits.dtype.itemsize >= 4 else _HALF_TOLERANCE
+    wrong = (total - explained).abs() > tolerance * (1 + size)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise UnsupportedModelError(
+            f"The parts of {getattr(run.model.cfg, 'model_name', 'this model')} sum to {total[row]:.4g}, its "
+            f"logit is {explained[row]:.4g}: the model adds something that direct logit attribution does not "
+            "know. Hooks of your own that change activations do that too."
+        )
+
+
+def _joined(found: list[Scores], batches: list[PromptBatch], request: _Request) -> Scores:
+    n_targets = request.tokens.shape[1]
+    order = [row * n_targets + i for row in order_of(batches) for i in range(n_targets)]
+    return Scores.joined(found).reordered(order)

@@ -1,0 +1,1 @@
+"""Circuits: what modules are wired to, with scores that intervention checks."""

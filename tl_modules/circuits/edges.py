@@ -1,0 +1,257 @@
+"""Edges of a circuit: how much of what one node writes reaches the target straight through another one.
+
+The edge from A to B is A's write times the gradient of the target through B's own input, so that the edges
+that leave a node add up to the node's score. All edges of a batch come from one forward pass: going from the
+last layer to the first, the gradients that arrive by each receiver are kept side by side, and every layer's
+units and heads are multiplied with all of them at once.
+
+Source: edge attribution patching, Syed et al. 2023 (arXiv 2310.10348).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_modules.attribution.components import component_gradients
+from tl_modules.attribution.read import PromptBatch
+from tl_modules.attribution.record import EMBEDDED, Activations, Objective, running
+from tl_modules.bases import HeadBasis
+from tl_modules.circuits.points import ATTENTION as _ATTENTION
+from tl_modules.circuits.points import MLP as _MLP
+from tl_modules.circuits.points import Place, place_of
+from tl_modules.host import describe
+from tl_modules.unit_values import Components, read_components
+
+_NUMBERS = 1 << 26
+"""How many slopes are held at a time."""
+
+Arriving = Float[Tensor, "receiver batch pos d_model"]
+"""For each receiver, the gradient of the target with respect to the residual stream that it hears."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which nodes there are: heads that hear, and groups of units by site."""
+
+    places: list[Place]
+    groups: list[Int[Tensor, " unit"]]
+    """For each place, the group (a module in a band of layers) of each unit."""
+    n_groups: int
+    heads: list[tuple[int, int]]
+    """Layer and number of the heads that are receivers; as senders all are taken."""
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Scores of edges for some prompts; receivers are the target, then the heads, then the groups."""
+
+    embedding: Float[Tensor, "receiver batch pos"]
+    heads: Float[Tensor, "receiver batch layer head"]
+    groups: Float[Tensor, "receiver batch group"]
+    errors: Float[Tensor, "receiver batch layer"]
+    """What attention and MLP write beyond heads and units: biases, and what features do not explain."""
+    value: Float[Tensor, " batch"]
+    """The target."""
+    unit_scores: list[Float[Tensor, "batch unit"]]
+    """The score of each unit, by place."""
+    unit_values: list[Float[Tensor, "batch unit"]]
+    """Its value at the last position."""
+    head_scores: Float[Tensor, "batch layer head"]
+
+    @staticmethod
+    def joined(parts: Sequence[Edges]) -> Edges:
+        """Those of several batches as one; positions are padded to the longest."""
+        width = max(part.embedding.shape[2] for part in parts)
+        embedding = [F.pad(part.embedding, (0, width - part.embedding.shape[2])) for part in parts]
+        return Edges(
+            embedding=torch.cat(embedding, 1),
+            heads=torch.cat([part.heads for part in parts], 1),
+            groups=torch.cat([part.groups for part in parts], 1),
+            errors=torch.cat([part.errors for part in parts], 1),
+            value=torch.cat([part.value for part in parts]),
+            unit_scores=[torch.cat(some) for some in zip(*(p.unit_scores for p in parts), strict=True)],
+            unit_values=[torch.cat(some) for some in zip(*(p.unit_values for p in parts), strict=True)],
+            head_scores=torch.cat([part.head_scores for part in parts]),
+        )
+
+    def reordered(self, order: list[int]) -> Edges:
+        """The same with prompts in another order."""
+        return Edges(
+            self.embedding[:, order],
+            self.heads[:, order],
+            self.groups[:, order],
+            self.errors[:, order],
+            self.value[order],
+            [scores[order] for scores in self.unit_scores],
+            [values[order] for values in self.unit_values],
+            self.head_scores[order],
+        )
+
+
+def edges_of(model: Any, batch: PromptBatch, wanted: Wanted, objective: Objective) -> Edges:
+    """All edges between the wanted nodes for a batch of prompts.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        batch: right-padded prompts.
+        wanted: the nodes.
+        objective: the target.
+    """
+    with running(model, batch, _hook_names(model, wanted), objective) as (value, kept):
+        return _Sweep(model, batch, wanted, value, kept).run()
+
+
+def _hook_names(model: Any, wanted: Wanted) -> list[str]:
+    layers = range(model.cfg.n_layers)
+    points = ["hook_resid_pre", "attn.hook_z", "hook_attn_out"]
+    points += ["hook_mlp_out"] if describe(model).d_mlp else []
+    names = [f"blocks.{layer}.{point}" for layer in layers for point in points]
+    for place in wanted.places:
+        names += [place.read_name, place.site.hook_name, place.site.write_name]
+    return [*names, f"blocks.{layers[-1]}.hook_resid_post"]
+
+
+class _Sweep:
+    """One walk from the last layer to the first."""
+
+    def __init__(
+        self, model: Any, batch: PromptBatch, wanted: Wanted, value: Tensor, kept: Activations
+    ) -> None:
+        self.model, self.wanted, self.kept = model, wanted, kept
+        self.value, self.real, self.last = value, batch.real.to(value.device), batch.last.to(value.device)
+        self.now = {name: activation.detach() for name, activation in kept.items()}
+        self.heads = [place_of(model, site) for site in HeadBasis().sites(model)]
+        self.gradients = _backward(value, kept)
+        end = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+        n_receivers = 1 + len(wanted.heads) + wanted.n_groups
+        self.arriving = self.now[end].new_zeros(n_receivers, *self.now[end].shape)
+        self.arriving[0] = self.gradients[end]
+        self.sent: dict[int, Tensor] = {}
+
+    def run(self) -> Edges:
+        n_layers, places = self.model.cfg.n_layers, self.wanted.places
+        shape = self.arriving.shape[:2]
+        groups = self.arriving.new_zeros(*shape, self.wanted.n_groups)
+        errors = self.arriving.new_zeros(*shape, n_layers)
+        heads: list[Tensor] = [groups] * n_layers
+        for layer in reversed(range(n_layers)):
+            for stages in _steps(self.model):
+                senders = [
+                    (i, place)
+                    for i, place in enumerate(places)
+                    if place.layer == layer and place.stage in stages
+                ]
+                for i, place in senders:
+                    sent = self._sent(place)
+                    groups.index_add_(2, self.wanted.groups[i], sent)
+                    errors[..., layer] -= sent.sum(-1) if place.stage == _MLP else 0
+                if _ATTENTION in stages:
+                    heads[layer] = self._sent(self.heads[layer])
+                    errors[..., layer] += self._whole(layer, "hook_attn_out") - heads[layer].sum(-1)
+                if _MLP in stages:
+                    errors[..., layer] += self._whole(layer, "hook_mlp_out")
+                self._receive_all(layer, stages)
+        embedding = torch.einsum("rbpd,bpd->rbp", self.arriving, self.now[EMBEDDED]) * self.real
+        return Edges(
+            embedding,
+            torch.stack(heads, 2),
+            groups,
+            errors,
+            self.value.detach(),
+            [self._unit_scores(place) for place in places],
+            [self._last_values(place) for place in places],
+            torch.stack([self._unit_scores(place) for place in self.heads], 1),
+        )
+
+    def _whole(self, layer: int, point: str) -> Tensor:
+        name = f"blocks.{layer}.{point}"
+        if name not in self.now:
+            return self.arriving.new_zeros(self.arriving.shape[:2])
+        return torch.einsum("rbpd,bpd->rb", self.arriving, self.now[name])
+
+    def _sent(self, place: Place) -> Float[Tensor, "receiver batch unit"]:
+        """What each unit's write amounts to for each receiver."""
+        site = place.site
+        values = read_components(site, self.now[site.hook_name])
+        sent = []
+        for some in torch.split(self.arriving, max(1, _NUMBERS // values.numel())):
+            slopes = some
+            if place.out_name != site.write_name:
+                slopes = _pulled(self.kept[place.out_name], self.kept[site.write_name], some)
+            own = component_gradients(site, values, self.now[site.write_name], slopes)
+            sent.append(torch.einsum("rbpuc,bpuc->rbu", own, values))
+        return torch.cat(sent)
+
+    def _receive_all(self, layer: int, stages: set[int]) -> None:
+        if _ATTENTION in stages:
+            mine = [(1 + i, head) for i, (own, head) in enumerate(self.wanted.heads) if own == layer]
+            of_unit = torch.full((self.heads[layer].site.n_units,), -1)
+            for receiver, head in mine:
+                of_unit[head] = receiver
+            self._receive(self.heads[layer], of_unit)
+        first_group = 1 + len(self.wanted.heads)
+        for place, groups in zip(self.wanted.places, self.wanted.groups, strict=True):
+            if place.read_layer == layer and place.read_stage in stages:
+                self._receive(place, first_group + groups)
+
+    def _receive(self, place: Place, of_unit: Int[Tensor, " unit"]) -> None:
+        """Add what reaches the residual stream through some units to what arrives by their receivers."""
+        receivers = sorted(set(of_unit.tolist()) - {-1})
+        if not receivers:
+            return
+        values = read_components(place.site, self.kept[place.site.hook_name])
+        slopes = self._slopes(place)
+        masks = of_unit == torch.tensor(receivers)[:, None]
+        masks = masks.to(slopes.device)[:, None, None, :, None]
+        heard = _pulled(values, self.kept[place.read_name], slopes * masks)
+        self.arriving.index_add_(0, torch.tensor(receivers, device=heard.device), heard)
+
+    def _slopes(self, place: Place) -> Components:
+        site = place.site
+        values = read_components(site, self.now[site.hook_name])
+        gradient = self.gradients[site.write_name][None]
+        return component_gradients(site, values, self.now[site.write_name], gradient)[0]
+
+    def _unit_scores(self, place: Place) -> Float[Tensor, "batch unit"]:
+        values = read_components(place.site, self.now[place.site.hook_name])
+        return (values * self._slopes(place)).sum((1, 3))
+
+    def _last_values(self, place: Place) -> Float[Tensor, "batch unit"]:
+        rows = torch.arange(len(self.last), device=self.last.device)
+        return place.site.values(self.now[place.site.hook_name])[rows, self.last]
+
+
+def _steps(model: Any) -> list[set[int]]:
+    """The stages of a layer, the last first; attention and MLP at once where both read the same."""
+    if describe(model).parallel:
+        return [{4}, {_MLP, _ATTENTION}, {0}]
+    return [{4}, {_MLP}, {2}, {_ATTENTION}, {0}]
+
+
+def _backward(value: Tensor, kept: Activations) -> Activations:
+    names = [name for name, activation in kept.items() if activation.requires_grad]
+    found = torch.autograd.grad(
+        value.sum(),
+        [kept[name] for name in names],
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(names, found, strict=True))
+
+
+def _pulled(outputs: Tensor, inputs: Tensor, cotangents: Float[Tensor, receiver * output]) -> Tensor:
+    """Each cotangent's gradient with respect to the inputs."""
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    try:
+        (found,) = torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
+    except RuntimeError:  # attention kernels that cannot be batched
+        found = torch.stack([torch.autograd.grad(outputs, inputs, one, **options)[0] for one in cotangents])
+    return found
