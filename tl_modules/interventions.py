@@ -1,0 +1,364 @@
+"""Interventions on units: ablate and steer neurons, heads, features and whole modules, and undo it exactly.
+
+Sources: mean and resample ablation, Chan et al. 2022 ("Causal scrubbing") and Wang et al. 2023
+(arXiv 2211.00593).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_modules._checks import check_choice, check_integer, refuse
+from tl_modules._chosen import Chosen, chosen_units
+from tl_modules._edits import Hook, NewValues, edit_hooks
+from tl_modules._where import Lengths, Positions, Where
+from tl_modules.host import FiringCounter, hooked
+from tl_modules.module import Module
+from tl_modules.sites import Basis, Site
+from tl_modules.unit_values import (
+    Components,
+    UnitMeans,
+    means_at,
+    reference_means,
+    samples_at,
+    site_key,
+    start_token,
+)
+
+__all__ = ["UnitMeans", "ablate", "ablate_rows", "ablation_hooks", "reference_means", "steer"]
+
+METHODS = ("zero", "mean", "resample")
+PlainHook = Callable[..., Tensor | None]
+
+
+@contextmanager
+def ablate(
+    model: Any,
+    units: Any,
+    *,
+    method: str = "zero",
+    positions: Positions = None,
+    lengths: Lengths = None,
+    basis: str | Basis | None = None,
+    reference: Any = None,
+    random_state: int = 0,
+) -> Iterator[FiringCounter]:
+    """Take units out of every forward pass of a `with` block: zero them, or give them values of others.
+
+    Nothing of the model is replaced and nothing is left behind, however the block is left. Blocks nest:
+    the outer one acts first. Works with `model(...)`, `run_with_cache` and `generate`.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        units: a `Module`, rows of a units table (`basis.units(model)`, `module.units`), a label such as
+            "L3N17" (neuron) or "L9H6" (head), or a list of these, which stands for all of their units.
+        method: "zero"; "mean", each unit's mean over `reference`; or "resample", the values of another row of
+            the batch at the same position (rows in a random cycle, so that none keeps its own, as these are
+            in this very pass), or with `reference` those at a random position of these prompts: one for each
+            position, the same for all units and rows. A feature's change is decoded and added: what its SAE
+            does not explain stays. A head's value is its z, all of it, not the length of its result.
+        positions: where to act: None for everywhere, a number, a list, a slice, or "last". Counted from the
+            start of the sequence, tokens in a key-value cache included. Negative numbers, and "last", count
+            from the end of each row's tokens so far, so that with a cache -1 is the newest token of each
+            step. A position that a row does not have is none. Units read before the first layer's attention
+            do not know of a cache: for them positions are those of the pass.
+        lengths: tokens of each row of a right-padded batch, for negative positions and for "resample" (a
+            shorter row gives its last real position); None where there is no padding.
+        basis: needed for features, and for labels other than those of neurons and heads.
+        reference: prompts, or for "mean" a `UnitMeans` of `reference_means`; run once, when the block is
+            entered. Special tokens and padding do not count.
+        random_state: of "resample"; the same number always draws the same.
+
+    Yields:
+        How often each hook has fired, by name, in `counts`.
+
+    Raises:
+        InputError: units that are not there, a method without what it needs, or during the forward pass a
+            batch that does not fit.
+
+    Example:
+        >>> with ablate(None, "L0N1", method="zeros"):
+        ...     pass
+        Traceback (most recent call last):
+        ...
+        tl_modules._checks.InputError: method: got 'zeros', expected one of 'zero', 'mean', 'resample'. Did...
+    """
+    how = _How(method, positions, lengths, basis, reference, random_state)
+    with _running(model, *_ablation(model, [units], how)) as counter:
+        yield counter
+
+
+def ablation_hooks(
+    model: Any,
+    units: Any,
+    *,
+    method: str = "zero",
+    positions: Positions = None,
+    lengths: Lengths = None,
+    basis: str | Basis | None = None,
+    reference: Any = None,
+    random_state: int = 0,
+) -> list[tuple[str, PlainHook]]:
+    """What `ablate` does as hooks for `model.run_with_hooks(tokens, fwd_hooks=...)` or `model.hooks(...)`.
+
+    Args:
+        model: as for `ablate`, as are the other arguments.
+        units: see there.
+        method: see there.
+        positions: see there.
+        lengths: see there.
+        basis: see there.
+        reference: see there; run once, now.
+        random_state: see there.
+
+    Returns:
+        Hook names and functions of (activation, hook). They belong together: use all of them, in this order.
+
+    Raises:
+        InputError: see `ablate`.
+
+    Example:
+        >>> ablation_hooks(None, "L0N1", method="mean")
+        Traceback (most recent call last):
+        ...
+        tl_modules._checks.InputError: reference: got None, expected prompts or reference means for method...
+    """
+    how = _How(method, positions, lengths, basis, reference, random_state)
+    hooks, _ = _ablation(model, [units], how)
+    return [(name, _plain(hook)) for name, hook in hooks.items()]
+
+
+@contextmanager
+def ablate_rows(
+    model: Any,
+    units: Sequence[Any],
+    *,
+    method: str = "zero",
+    positions: Positions = None,
+    lengths: Lengths = None,
+    basis: str | Basis | None = None,
+    reference: Any = None,
+    random_state: int = 0,
+) -> Iterator[FiringCounter]:
+    """Take other units out of each row of a batch: many ablations of one prompt as one forward pass.
+
+    Row i is what it would be in a pass of its own under `ablate(model, units[i], ...)`.
+
+    Args:
+        model: as for `ablate`, as are the other arguments.
+        units: for each row what to ablate, in any form that `ablate` takes; an empty list for a row that is
+            to stay as it is.
+        method: see there; "resample" needs `reference`, and all rows draw the same positions of it.
+        positions: see there; the same for all rows.
+        lengths: see there.
+        basis: see there.
+        reference: see there.
+        random_state: see there.
+
+    Yields:
+        See `ablate`.
+
+    Raises:
+        InputError: see `ablate`; or during the forward pass a batch with another number of rows.
+
+    Example:
+        >>> with ablate_rows(None, ["L0N1", "L0N2"], method="resample"):
+        ...     pass
+        Traceback (most recent call last):
+        ...
+        tl_modules._checks.InputError: reference: got None, expected prompts or reference means for method...
+    """
+    how = _How(method, positions, lengths, basis, reference, random_state)
+    if how.method == "resample":
+        how.require_reference()
+    with _running(model, *_ablation(model, list(units), how)) as counter:
+        yield counter
+
+
+@contextmanager
+def steer(
+    model: Any,
+    units: Any,
+    *,
+    scale: float | None = None,
+    to_sample_mean_of: Any = None,
+    positions: Positions = None,
+    lengths: Lengths = None,
+    basis: str | Basis | None = None,
+) -> Iterator[FiringCounter]:
+    """Turn units up or down in every forward pass of a `with` block, or hold them at what they are elsewhere.
+
+    Args:
+        model: as for `ablate`.
+        units: see there.
+        scale: what every value is multiplied with; a head's whole result. 0 is zero ablation.
+        to_sample_mean_of: prompts, or a `Module`, whose own samples' texts are run as plain text; each unit
+            is held, wherever it is steered, at its mean over their positions, special tokens left out. That
+            is one value a unit, whatever the input; a head gets the mean of its z. Or a `UnitMeans`, used as
+            it is, which is the way for samples that were chats or token ids.
+        positions: see `ablate`.
+        lengths: see `ablate`.
+        basis: see `ablate`.
+
+    Yields:
+        See `ablate`.
+
+    Raises:
+        InputError: see `ablate`; or both or neither of `scale` and `to_sample_mean_of`.
+
+    Example:
+        >>> with steer(None, "L0N1"):
+        ...     pass
+        Traceback (most recent call last):
+        ...
+        tl_modules._checks.InputError: scale: got neither scale nor to_sample_mean_of, expected one of them.
+    """
+    if (scale is None) == (to_sample_mean_of is None):
+        got = "neither scale nor to_sample_mean_of" if scale is None else "to_sample_mean_of as well"
+        refuse("scale", got=got, want="one of them")
+    chosen = chosen_units(model, [units], basis)
+    if scale is not None:
+        new = _scaled(float(scale))
+    else:
+        source = to_sample_mean_of
+        texts = source.samples["text"].tolist() if isinstance(source, Module) else source
+        new = _means(_means_of(model, texts, chosen, basis))
+    where = Where(model, positions, lengths)
+    with _running(model, edit_hooks(chosen, new, where), where) as counter:
+        yield counter
+
+
+@contextmanager
+def _running(model: Any, hooks: dict[str, Hook], where: Where) -> Iterator[FiringCounter]:
+    with hooked(model, hooks) as counter:
+        yield counter
+    where.check_met()
+
+
+@dataclass(frozen=True)
+class _How:
+    """The options of an ablation, those that need no model checked."""
+
+    method: str
+    positions: Positions
+    lengths: Lengths
+    basis: str | Basis | None
+    reference: Any
+    random_state: int
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_integer("random_state", self.random_state, least=0)
+        if self.method == "mean":
+            self.require_reference()
+        if self.method == "zero" and self.reference is not None:
+            refuse("reference", got="one", want="None for method 'zero'")
+        if self.method == "resample" and isinstance(self.reference, UnitMeans):
+            refuse("reference", got="means", want="prompts for method 'resample'")
+
+    def require_reference(self) -> None:
+        if self.reference is None:
+            want = f"prompts or reference means for method {self.method!r}"
+            refuse("reference", got="None", want=want)
+
+
+def _ablation(model: Any, rows: list[Any], how: _How) -> tuple[dict[str, Hook], Where]:
+    chosen = chosen_units(model, rows, how.basis)
+    where = Where(model, how.positions, how.lengths)
+    return edit_hooks(chosen, _new_values(model, chosen, where, how), where), where
+
+
+def _new_values(model: Any, chosen: list[Chosen], where: Where, how: _How) -> NewValues:
+    if how.method == "zero":
+        return _scaled(0.0)
+    if how.method == "mean":
+        return _means(_means_of(model, how.reference, chosen, how.basis))
+    if how.reference is None:
+        return _of_other_rows(where, how.random_state)
+    sites = [part.site for part in chosen]
+    rng = np.random.default_rng(how.random_state)
+    prepend_bos = start_token(how.basis)
+    return _drawn(samples_at(model, how.reference, sites, rng, prepend_bos=prepend_bos), where, how)
+
+
+def _means_of(model: Any, reference: Any, chosen: list[Chosen], basis: str | Basis | None) -> UnitMeans:
+    if isinstance(reference, UnitMeans):
+        for part in chosen:
+            reference.of(part.site)
+        return reference
+    sites = [part.site for part in chosen]
+    return means_at(model, reference, sites, progress=False, prepend_bos=start_token(basis))
+
+
+def _scaled(scale: float) -> NewValues:
+    def scaled(_site: Site, old: Components) -> Tensor:
+        return old.new_zeros(()) if scale == 0 else old * scale
+
+    return scaled
+
+
+def _means(means: UnitMeans) -> NewValues:
+    return lambda site, _old: means.of(site)
+
+
+def _of_other_rows(where: Where, seed: int) -> NewValues:
+    def other(_site: Site, old: Components) -> Tensor:
+        source = torch.from_numpy(no_row_its_own(len(old), seed)).to(old.device)
+        if where.lengths is None:
+            return old[source]
+        where.check_lengths(len(old))
+        ends = where.lengths.to(old.device)[source] - where.offset
+        pos = torch.arange(old.shape[1], device=old.device)
+        return old[source[:, None], torch.minimum(pos[None], ends[:, None] - 1).clamp(min=0)]
+
+    return other
+
+
+def no_row_its_own(n_rows: int, seed: int) -> Int[np.ndarray, " row"]:
+    """For each row another one, all of them in one random cycle.
+
+    Raises:
+        InputError: there is only one row.
+
+    Example:
+        >>> no_row_its_own(4, seed=0)
+        array([1, 3, 0, 2])
+    """
+    if n_rows < 2:
+        refuse(
+            "tokens",
+            got="a batch of one row",
+            want="other rows to take values from",
+            cure="Run several prompts at once, or give reference prompts.",
+        )
+    order = np.random.default_rng(seed).permutation(n_rows)
+    source = np.empty(n_rows, dtype=np.int64)
+    source[order] = np.roll(order, -1)
+    return source
+
+
+def _drawn(samples: Mapping[str, Tensor], where: Where, how: _How) -> NewValues:
+    def drawn(site: Site, old: Components) -> Tensor:
+        found = samples[site_key(site)]
+        # The same at all sites of a pass, so that the units' values belong together; the same for all rows
+        # of `ablate_rows`, so that they can be compared.
+        rng = np.random.default_rng([how.random_state, where.offset])
+        draws = torch.from_numpy(rng.integers(len(found), size=old.shape[1]))
+        return found[draws.to(found.device)][None]
+
+    return drawn
+
+
+def _plain(function: Hook) -> PlainHook:
+    def call(activation: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001 - given by name
+        return function(activation)
+
+    return call

@@ -1,0 +1,186 @@
+"""Values of units that can be exchanged, and what they are on reference prompts: means and samples.
+
+A neuron's or feature's value is one number. A head's is the vector z that it writes from, not the length of
+its result: a mean of lengths has no direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_modules._checks import refuse
+from tl_modules._chosen import chosen_units
+from tl_modules.bases import HeadSite, as_basis
+from tl_modules.batches import Batch, Sequences, assemble, plan
+from tl_modules.host import forward, hooked
+from tl_modules.prompts import read_prompts
+from tl_modules.sites import Activation, Basis, Site
+from tl_modules.tokens import TokenizedPrompts, TokenSettings, tokenize
+
+Components = Float[Tensor, "batch pos unit component"]
+BATCH_TOKENS = 2048
+N_SAMPLED = 256
+"""Positions of reference prompts that are kept to draw from."""
+
+Visit = Callable[[Site, Float[Tensor, "counted unit component"], int], None]
+"""Gets a site, its values at counted positions of a batch, and how many counted ones came before."""
+
+
+def read_components(site: Site, activation: Activation) -> Components:
+    """The units' values with an axis of length 1, or the z of each head."""
+    if isinstance(site, HeadSite):
+        return activation.reshape(*activation.shape[:2], site.n_units, -1)
+    return site.values(activation)[..., None]
+
+
+def with_components(site: Site, output: Activation, old: Components, new: Components) -> Activation:
+    """The activation at `site.write_name` as it is when the units' values become `new`."""
+    if isinstance(site, HeadSite):
+        return new.reshape(output.shape).to(output)
+    return site.edited(output, old[..., 0], new[..., 0])
+
+
+@dataclass(frozen=True)
+class UnitMeans:
+    """Mean values of units over the positions of reference prompts; made by `reference_means`."""
+
+    values: Mapping[str, Float[Tensor, "_ _"]]
+    """By site: [unit, component], one component for neurons and features, d_head for heads."""
+    n_positions: int
+    """How many positions were averaged."""
+
+    def of(self, site: Site) -> Float[Tensor, "unit component"]:
+        """The means of one site.
+
+        Raises:
+            InputError: it was not averaged.
+        """
+        if site_key(site) not in self.values:
+            cure = "Make the means with the same units or basis."
+            refuse("reference", got=f"means without {site_key(site)}", want="all sites in use", cure=cure)
+        return self.values[site_key(site)]
+
+
+def site_key(site: Site) -> str:
+    """What tells a site from the others, SAEs that share a hook point included."""
+    return f"{site.kind}s of {site.name}"
+
+
+def reference_means(
+    model: Any,
+    prompts: Any,
+    units: Any = None,
+    *,
+    basis: str | Basis | None = None,
+    chat: bool | str | None = None,
+    progress: bool = True,
+) -> UnitMeans:
+    """Mean values of units over prompts, to be used again and again as `reference` of `ablate`.
+
+    The prompts are run once, batch by batch. Special tokens, a chat template's own words and padding do not
+    count; every other position counts alike.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompts: anything that `collect` takes.
+        units: which units' sites to average, in any form that `ablate` takes; None for the whole basis.
+        basis: "neurons", "heads" or a `Basis`; None with `units` that are neurons or heads.
+        chat: as in `collect`.
+        progress: show a progress bar over the batches.
+
+    Returns:
+        Means of all units of the sites, in float32 unless the model is in float64; sums are in float64.
+
+    Raises:
+        InputError: neither units nor basis, or prompts or units that cannot be used.
+    """
+    if units is None and basis is None:
+        refuse("basis", got="None", want="a basis or units")
+    if units is None:
+        sites = as_basis(basis or "neurons").sites(model)
+    else:
+        sites = [chosen.site for chosen in chosen_units(model, [units], basis)]
+    return means_at(model, prompts, sites, chat=chat, progress=progress, prepend_bos=start_token(basis))
+
+
+def start_token(basis: str | Basis | None) -> bool | None:
+    """Whether prompts get the start token for this basis; None leaves it to the model."""
+    return basis.prepend_bos if isinstance(basis, Basis) else None
+
+
+def means_at(model: Any, prompts: Any, sites: list[Site], *, progress: bool, **how: Any) -> UnitMeans:
+    """`reference_means` for known sites."""
+    sums: dict[str, Tensor] = {}
+    kept: dict[str, torch.dtype] = {}
+
+    def visit(site: Site, values: Tensor, _before: int) -> None:
+        key = site_key(site)
+        sums[key] = sums.get(key, 0) + values.sum(0, dtype=torch.float64)
+        kept[key] = torch.promote_types(values.dtype, torch.float32)
+
+    n = _each_position(model, _tokenized(model, prompts, **how), sites, visit, progress)
+    return UnitMeans({key: (total / n).to(kept[key]) for key, total in sums.items()}, n)
+
+
+def samples_at(
+    model: Any, prompts: Any, sites: list[Site], rng: np.random.Generator, **how: Any
+) -> dict[str, Float[Tensor, "_ _ _"]]:
+    """Values [sample, unit, component] at up to `N_SAMPLED` random positions, the same for all sites."""
+    tokenized = _tokenized(model, prompts, **how)
+    total = int(sum(mask.sum() for mask in tokenized.counted))
+    drawn = torch.from_numpy(np.sort(rng.choice(total, min(N_SAMPLED, total), replace=False)))
+    found: dict[str, list[Tensor]] = {site_key(site): [] for site in sites}
+
+    def visit(site: Site, values: Tensor, before: int) -> None:
+        own = drawn[(drawn >= before) & (drawn < before + len(values))] - before
+        found[site_key(site)].append(values[own.to(values.device)])
+
+    _each_position(model, tokenized, sites, visit, progress=False)
+    return {key: torch.cat(parts) for key, parts in found.items()}
+
+
+def _tokenized(
+    model: Any, prompts: Any, chat: bool | str | None = None, prepend_bos: bool | None = None
+) -> TokenizedPrompts:
+    return tokenize(model, read_prompts(prompts), TokenSettings(chat=chat, prepend_bos=prepend_bos))
+
+
+def _each_position(
+    model: Any, tokenized: TokenizedPrompts, sites: list[Site], visit: Visit, progress: bool
+) -> int:
+    """Run all prompts and show the values at counted positions; their number."""
+    samples = [[i] for i in range(len(tokenized.tokens))]
+    sequences = Sequences(tokenized.tokens, tokenized.counted, samples)
+    stop = 1 + max(site.layer for site in sites)
+    n = 0
+    for members in tqdm(plan(sequences, 0, BATCH_TOKENS), desc="reference", disable=not progress):
+        batch = assemble(sequences, members, 0)
+        with hooked(model, _visits(sites, visit, batch, n)) as counter:
+            forward(model, batch.tokens, batch.real, stop_at_layer=stop)
+            counter.check(1)
+        n += int(batch.counted.sum())
+    return n
+
+
+def _visits(
+    sites: list[Site], visit: Visit, batch: Batch, before: int
+) -> dict[str, Callable[[Tensor], None]]:
+    def at(hook_name: str) -> Callable[[Tensor], None]:
+        own = [site for site in sites if site.hook_name == hook_name]
+
+        def look(activation: Tensor) -> None:
+            for site in own:
+                values = read_components(site, activation)
+                visit(site, values[batch.counted.to(values.device)], before)
+
+        return look
+
+    return {site.hook_name: at(site.hook_name) for site in sites}
