@@ -37,7 +37,10 @@ ROOMS = [
     *("attribution._question", "attribution.logprob", "attribution.rankings"),
     *("attribution._subkeys", "attribution._value_neurons", "attribution.queries"),
     *("attribution",),
-    *("circuits.points", "circuits.edges", "circuits"),
+    *("circuits.points", "circuits.edges", "circuits.nodes", "circuits.weights", "circuits.asked"),
+    *("circuits.numbers", "circuits.attention", "circuits.export", "circuits.view"),
+    *("circuits.verify", "circuits.build"),
+    *("circuits.profile", "circuits"),
     *("viz.figure", "viz.panels", "viz.sweep", "viz.hierarchy", "viz.html", "viz.report", "viz"),
     *("demo", "demo_features", "prompt_files", "cli", "__main__"),
 ]

@@ -108,9 +108,11 @@ def gradient_scores(
     """
     check_choice("method", method, METHODS)
     check_integer("n_steps", n_steps, least=1)
+    _check_corrupted(corrupted, method)
     sources = read_sources(model, basis, modules, heads=True)
-    batches = read_batches(model, prompts, batch_tokens=batch_tokens)
-    others = _corrupted_batches(model, corrupted, method, batches, batch_tokens)
+    prepend_bos = basis.prepend_bos if isinstance(basis, Basis) else None
+    batches = read_batches(model, prompts, batch_tokens=batch_tokens, prepend_bos=prepend_bos)
+    others = paired_batches(model, corrupted, batches, batch_tokens, prepend_bos)
     wanted = make_target(model, sum(len(batch.rows) for batch in batches), answer, wrong=wrong, kind=target)
     run = partial(record, model, hook_names=sources.hook_names, objective=wanted.values)
     parts = []
@@ -122,17 +124,28 @@ def gradient_scores(
     return Scores.joined(parts).reordered(order_of(batches))
 
 
-def _corrupted_batches(
-    model: Any, corrupted: Any, method: str, batches: list[PromptBatch], batch_tokens: int
-) -> Sequence[PromptBatch | None]:
-    """The corrupted prompts in the same batches as the clean ones."""
-    if corrupted is None:
-        if method == "attribution_patching":
-            refuse("corrupted", got="None", want="prompts to patch into", cure="Or use input_x_gradient.")
-        return [None] * len(batches)
-    if method == "input_x_gradient":
+def _check_corrupted(corrupted: Any, method: str) -> None:
+    if corrupted is None and method == "attribution_patching":
+        refuse("corrupted", got="None", want="prompts to patch into", cure="Or use input_x_gradient.")
+    if corrupted is not None and method == "input_x_gradient":
         refuse("corrupted", got="prompts", want="None", cure="Use attribution_patching or another method.")
-    others = read_batches(model, corrupted, batch_tokens=batch_tokens)
+
+
+def paired_batches(
+    model: Any,
+    corrupted: Any,
+    batches: list[PromptBatch],
+    batch_tokens: int,
+    prepend_bos: bool | None = None,
+) -> Sequence[PromptBatch | None]:
+    """The corrupted prompts in the same batches as the clean ones; None for each where there are none.
+
+    Raises:
+        InputError: other numbers of prompts or of tokens.
+    """
+    if corrupted is None:
+        return [None] * len(batches)
+    others = read_batches(model, corrupted, batch_tokens=batch_tokens, prepend_bos=prepend_bos)
     lengths, own = (
         np.concatenate([batch.lengths for batch in some])[order_of(some)] for some in (others, batches)
     )

@@ -41,14 +41,14 @@ def influence(adjacency: Adjacency, weights: Influence) -> Influence:
     """The share of the targets' weight that flows through each node, over paths of every length.
 
     Args:
-        adjacency: the graph, without cycles.
+        adjacency: the graph; what goes round in a cycle must leave it in the end.
         weights: of the nodes to be explained, zero for all others.
 
     Returns:
         w N + w N² + ..., with N the normalised graph; the targets' own weight is not in it.
 
     Raises:
-        InputError: the graph has a cycle.
+        InputError: the graph has a cycle that nothing leaves.
 
     Example:
         >>> graph = torch.tensor([[0., 3., 1.], [0., 0., 2.], [0., 0., 0.]])
@@ -65,7 +65,15 @@ def _influence(shares: Adjacency, weights: Influence) -> Influence:
         if not bool(flow.any()):
             return total
         total = total + flow
-    return refuse("adjacency", got="a graph with a cycle", want="one without")
+    return _sum_of_series(shares, weights)
+
+
+def _sum_of_series(shares: Adjacency, weights: Influence) -> Influence:
+    """The same sum for a graph with cycles, as of modules that span layers: each must lose something."""
+    inverse, info = torch.linalg.inv_ex(torch.eye(len(weights)).to(shares) - shares)
+    if int(info) or not bool(inverse.isfinite().all()):
+        refuse("adjacency", got="a graph with a cycle that nothing leaves", want="one without")
+    return weights @ inverse - weights
 
 
 def prune(
@@ -89,7 +97,8 @@ def prune(
         The kept nodes and edges: features without any edge in or out, and errors without one out, are gone.
 
     Raises:
-        InputError: a threshold outside 0 to 1, another number of kinds than nodes, or a graph with a cycle.
+        InputError: a threshold outside 0 to 1, another number of kinds than nodes, or a graph with a cycle
+            that nothing leaves.
 
     Example:
         >>> graph = torch.tensor([[0., 9., 1.], [0., 0., 0.], [0., 0., 0.]])

@@ -11,7 +11,7 @@ Source: edge attribution patching, Syed et al. 2023 (arXiv 2310.10348).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tl_modules.attribution.components import component_gradients
 from tl_modules.attribution.read import PromptBatch
-from tl_modules.attribution.record import EMBEDDED, Activations, Objective, running
+from tl_modules.attribution.record import EMBEDDED, Activations, Objective, record, running
 from tl_modules.bases import HeadBasis
 from tl_modules.circuits.points import ATTENTION as _ATTENTION
 from tl_modules.circuits.points import MLP as _MLP
@@ -64,6 +64,8 @@ class Edges:
     unit_values: list[Float[Tensor, "batch unit"]]
     """Its value at the last position."""
     head_scores: Float[Tensor, "batch layer head"]
+    slopes: dict[int, Float[Tensor, "batch pos head d_head"]] = field(default_factory=dict)
+    """By layer, the gradient with respect to z by way of the watched receivers only."""
 
     @staticmethod
     def joined(parts: Sequence[Edges]) -> Edges:
@@ -95,7 +97,14 @@ class Edges:
         )
 
 
-def edges_of(model: Any, batch: PromptBatch, wanted: Wanted, objective: Objective) -> Edges:
+def edges_of(
+    model: Any,
+    batch: PromptBatch,
+    wanted: Wanted,
+    objective: Objective,
+    other: PromptBatch | None = None,
+    watched: Sequence[int] = (),
+) -> Edges:
     """All edges between the wanted nodes for a batch of prompts.
 
     Args:
@@ -103,9 +112,13 @@ def edges_of(model: Any, batch: PromptBatch, wanted: Wanted, objective: Objectiv
         batch: right-padded prompts.
         wanted: the nodes.
         objective: the target.
+        other: corrupted prompts; writes are then the difference from these, gradients as before.
+        watched: receivers for which `Edges.slopes` is filled.
     """
-    with running(model, batch, _hook_names(model, wanted), objective) as (value, kept):
-        return _Sweep(model, batch, wanted, value, kept).run()
+    names = _hook_names(model, wanted)
+    start = None if other is None else record(model, other, names, objective).activations
+    with running(model, batch, names, objective) as (value, kept):
+        return _Sweep(model, batch, wanted, value, kept, start, watched).run()
 
 
 def _hook_names(model: Any, wanted: Wanted) -> list[str]:
@@ -122,8 +135,17 @@ class _Sweep:
     """One walk from the last layer to the first."""
 
     def __init__(
-        self, model: Any, batch: PromptBatch, wanted: Wanted, value: Tensor, kept: Activations
+        self,
+        model: Any,
+        batch: PromptBatch,
+        wanted: Wanted,
+        value: Tensor,
+        kept: Activations,
+        start: Activations | None,
+        watched: Sequence[int],
     ) -> None:
+        self.start, self.watched = start, list(watched)
+        self.slopes: dict[int, Tensor] = {}
         self.model, self.wanted, self.kept = model, wanted, kept
         self.value, self.real, self.last = value, batch.real.to(value.device), batch.last.to(value.device)
         self.now = {name: activation.detach() for name, activation in kept.items()}
@@ -133,7 +155,6 @@ class _Sweep:
         n_receivers = 1 + len(wanted.heads) + wanted.n_groups
         self.arriving = self.now[end].new_zeros(n_receivers, *self.now[end].shape)
         self.arriving[0] = self.gradients[end]
-        self.sent: dict[int, Tensor] = {}
 
     def run(self) -> Edges:
         n_layers, places = self.model.cfg.n_layers, self.wanted.places
@@ -153,12 +174,13 @@ class _Sweep:
                     groups.index_add_(2, self.wanted.groups[i], sent)
                     errors[..., layer] -= sent.sum(-1) if place.stage == _MLP else 0
                 if _ATTENTION in stages:
+                    self._watch(layer)
                     heads[layer] = self._sent(self.heads[layer])
                     errors[..., layer] += self._whole(layer, "hook_attn_out") - heads[layer].sum(-1)
                 if _MLP in stages:
                     errors[..., layer] += self._whole(layer, "hook_mlp_out")
                 self._receive_all(layer, stages)
-        embedding = torch.einsum("rbpd,bpd->rbp", self.arriving, self.now[EMBEDDED]) * self.real
+        embedding = torch.einsum("rbpd,bpd->rbp", self.arriving, self._written(EMBEDDED)) * self.real
         return Edges(
             embedding,
             torch.stack(heads, 2),
@@ -168,13 +190,21 @@ class _Sweep:
             [self._unit_scores(place) for place in places],
             [self._last_values(place) for place in places],
             torch.stack([self._unit_scores(place) for place in self.heads], 1),
+            self.slopes,
         )
+
+    def _watch(self, layer: int) -> None:
+        if self.watched:
+            place = self.heads[layer]
+            arriving = self.arriving[self.watched].sum(0, keepdim=True)
+            slopes = _pulled(self.kept[place.out_name], self.kept[place.site.write_name], arriving)[0]
+            self.slopes[layer] = slopes.reshape(*slopes.shape[:2], place.site.n_units, -1)
 
     def _whole(self, layer: int, point: str) -> Tensor:
         name = f"blocks.{layer}.{point}"
         if name not in self.now:
             return self.arriving.new_zeros(self.arriving.shape[:2])
-        return torch.einsum("rbpd,bpd->rb", self.arriving, self.now[name])
+        return torch.einsum("rbpd,bpd->rb", self.arriving, self._written(name))
 
     def _sent(self, place: Place) -> Float[Tensor, "receiver batch unit"]:
         """What each unit's write amounts to for each receiver."""
@@ -186,8 +216,17 @@ class _Sweep:
             if place.out_name != site.write_name:
                 slopes = _pulled(self.kept[place.out_name], self.kept[site.write_name], some)
             own = component_gradients(site, values, self.now[site.write_name], slopes)
-            sent.append(torch.einsum("rbpuc,bpuc->rbu", own, values))
+            sent.append(torch.einsum("rbpuc,bpuc->rbu", own, self._change(place)))
         return torch.cat(sent)
+
+    def _change(self, place: Place) -> Components:
+        """What the units' values are compared with: zero, or what they are on the corrupted prompts."""
+        name = place.site.hook_name
+        values = read_components(place.site, self.now[name])
+        return values if self.start is None else values - read_components(place.site, self.start[name])
+
+    def _written(self, name: str) -> Tensor:
+        return self.now[name] if self.start is None else self.now[name] - self.start[name]
 
     def _receive_all(self, layer: int, stages: set[int]) -> None:
         if _ATTENTION in stages:
@@ -220,8 +259,7 @@ class _Sweep:
         return component_gradients(site, values, self.now[site.write_name], gradient)[0]
 
     def _unit_scores(self, place: Place) -> Float[Tensor, "batch unit"]:
-        values = read_components(place.site, self.now[place.site.hook_name])
-        return (values * self._slopes(place)).sum((1, 3))
+        return (self._change(place) * self._slopes(place)).sum((1, 3))
 
     def _last_values(self, place: Place) -> Float[Tensor, "batch unit"]:
         rows = torch.arange(len(self.last), device=self.last.device)

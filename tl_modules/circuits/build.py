@@ -1,0 +1,129 @@
+"""`circuit`: what modules are wired to, for one prompt or many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_modules._checks import check_integer, refuse
+from tl_modules._module_sites import matching_sites
+from tl_modules.attribution.gradient import Method
+from tl_modules.attribution.read import order_of
+from tl_modules.attribution.targets import Answer
+from tl_modules.circuits.asked import Asked
+from tl_modules.circuits.edges import Edges, Wanted, edges_of
+from tl_modules.circuits.nodes import Plan
+from tl_modules.circuits.points import Place, place_of
+from tl_modules.circuits.view import CircuitView
+from tl_modules.modules import Modules
+from tl_modules.prompts import read_prompts
+from tl_modules.sites import Basis
+
+
+def circuit(
+    model: Any,
+    modules: Modules,
+    prompts: Any,
+    answer: Answer | None = None,
+    *,
+    wrong: Answer | None = None,
+    target: str = "logprob",
+    corrupted: Any = None,
+    method: Method = "two_point",
+    basis: Basis | None = None,
+    bands: int | Sequence[int] = 3,
+    n_heads: int = 20,
+    batch_tokens: int = 1024,
+) -> CircuitView:
+    """Which tokens, heads and modules an answer is made from, and how they are wired to each other.
+
+    Nodes are the tokens' embeddings, the heads that matter most, the modules by band of layers, and the
+    target; what is left over is in nodes of its own, so that nothing is lost: heads that matter less, units
+    in no module, biases and what features do not explain. A node's score is its effect on the target by
+    `method`; an edge's is the part of the plain gradient's score that goes from one node to the next without
+    passing any other head or MLP, so that the edges that leave a node add up to its `gradient_score`.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        modules: found on this model.
+        prompts: one text, or anything that `collect` takes. Scores of several are averaged, with standard
+            errors and the share of prompts that agree in sign.
+        answer: the token to explain, as text (with its leading space) or id; a list has one for each prompt.
+        wrong: the token to compare with, for target="logit_difference".
+        target: "logprob", "logit" or "logit_difference" of the answer at the last position, or "loss".
+        corrupted: prompts with as many tokens each, to compare activations with; None compares with zero.
+        method: how nodes are scored, see `gradient_scores`.
+        basis: the basis that the modules were found on; None where all units are neurons or heads.
+        bands: into how many bands of layers modules are split, or the first layers of the bands.
+        n_heads: how many heads have a node of their own.
+        batch_tokens: positions that run together; memory grows with it.
+
+    Raises:
+        InputError: see `gradient_scores`; or modules of another model, or of heads only.
+        UnsupportedModelError: units that do not write into the residual stream.
+    """
+    check_integer("n_heads", n_heads, least=0)
+    starts = _band_starts(bands, model.cfg.n_layers)
+    asked = Asked(model, modules, basis, answer, wrong, target, corrupted, method, batch_tokens)
+    places, labels = _places(model, modules, basis)
+    batches, others = asked.batches(prompts)
+    scores = asked.scores(prompts)
+    heads = _top_heads(scores.tensor("head")[:, :, 0].mean(0), n_heads)
+    tokens = _token_texts(model, batches[0].tokens[0].tolist()) if len(scores.targets) == 1 else []
+    plan = Plan(starts, model.cfg.n_layers, list(modules.names), heads, tokens)
+    groups = [
+        torch.tensor([plan.group(place.layer, int(label)) for label in own])
+        for place, own in zip(places, labels, strict=True)
+    ]
+    wanted = Wanted(places, groups, plan.n_groups, heads)
+    objective = asked.target_of(len(scores.targets)).values
+    pairs = list(zip(batches, others, strict=True))
+    bar = tqdm(pairs, desc="Edges", unit="batch", disable=len(pairs) == 1)
+    parts = [edges_of(model, batch, wanted, objective, other) for batch, other in bar]
+    edges = Edges.joined(parts).reordered(order_of(batches))
+    return CircuitView(asked, list(_texts(prompts)), plan, wanted, edges, scores)
+
+
+def _band_starts(bands: int | Sequence[int], n_layers: int) -> list[int]:
+    if isinstance(bands, int):
+        check_integer("bands", bands, least=1, most=n_layers)
+        return [round(band * n_layers / bands) for band in range(bands)]
+    starts = [check_integer("bands", start, least=0, most=n_layers - 1) for start in bands]
+    if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+        refuse("bands", got=list(bands), want="the first layers of bands, from 0 upwards")
+    return starts
+
+
+def _places(
+    model: Any, modules: Modules, basis: Basis | None
+) -> tuple[list[Place], list[Int[np.ndarray, " unit"]]]:
+    """Where the units of the modules are, and their labels; units that are heads have nodes as heads."""
+    sites = matching_sites(model, modules, basis)
+    ends = np.cumsum([site.n_units for site in sites])[:-1]
+    pairs = zip(sites, np.split(modules.unit_labels, ends), strict=True)
+    kept = [(site, labels) for site, labels in pairs if site.kind != "head"]
+    if not kept:
+        refuse("modules", got="modules of heads only", want="modules of neurons or features")
+    return [place_of(model, site) for site, _ in kept], [labels for _, labels in kept]
+
+
+def _top_heads(scores: Float[Tensor, "layer head"], n_heads: int) -> list[tuple[int, int]]:
+    order = scores.abs().flatten().argsort(descending=True)[:n_heads].tolist()
+    return [divmod(index, scores.shape[1]) for index in sorted(order)]
+
+
+def _token_texts(model: Any, tokens: list[int]) -> list[str]:
+    tokenizer = getattr(model, "tokenizer", None)
+    return [str(token) if tokenizer is None else tokenizer.decode([token]) for token in tokens]
+
+
+def _texts(prompts: Any) -> Iterable[str]:
+    if isinstance(prompts, str):
+        return [prompts]
+    return [str(prompt) for prompt in read_prompts(prompts).items]

@@ -1,0 +1,251 @@
+"""Does a circuit foretell what ablation does? Predicted against measured changes of the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_modules._checks import check_choice, check_integer, refuse
+from tl_modules.attribution.read import PromptBatch
+from tl_modules.host import logits_of
+from tl_modules.interventions import ablate_rows
+from tl_modules.paths import path_effect
+
+if TYPE_CHECKING:
+    from tl_modules.circuits.view import CircuitView
+
+KINDS = ("head", "module", "unit", "edge")
+POOR = 0.5
+"""A rank correlation below this is called poor."""
+
+Candidate = tuple[str, float, Any]
+"""A name, the predicted change of the target, and what is ablated: units, or a pair of them for an edge."""
+Measure = Callable[[int, list[Any]], Float[np.ndarray, " candidate"]]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Predicted and measured changes of the target when parts of the circuit are taken out.
+
+    Example:
+        >>> table = pd.DataFrame({"kind": "head", "name": ["L0H0", "L0H1", "L1H0"], "prompt": 0,
+        ...     "picked": "top", "predicted": [-2.0, 0.5, 0.1], "measured": [-1.8, 0.6, 0.0]})
+        >>> Verification("zero", table)
+        Verification(zero ablation: heads rank correlation 1.00, R² 0.97 of 3)
+    """
+
+    method: str
+    table: pd.DataFrame
+    """One row for each thing ablated: kind, name, prompt, picked ("top" or "random"), predicted, measured."""
+
+    def summary(self) -> pd.DataFrame:
+        """For each kind: n, rank correlation (mean over prompts), R² and the share of right signs.
+
+        R² is of the predictions as they are, without a fit: 1 is perfect, below 0 is worse than the mean.
+        """
+        return pd.DataFrame({kind: _agreement(own) for kind, own in self.table.groupby("kind", sort=False)}).T
+
+    def __str__(self) -> str:
+        parts = []
+        for kind, row in self.summary().iterrows():
+            ranks = row["rank_correlation"]
+            text = f"{kind}s rank correlation {ranks:.2f}, R² {row['r2']:.2f} of {int(row['n'])}"
+            parts.append(text + (" (does not predict)" if ranks < POOR else ""))
+        return f"{self.method} ablation: {'; '.join(parts)}"
+
+    def __repr__(self) -> str:
+        return f"Verification({self})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self.method} ablation</p>{self.summary().round(3).to_html()}"
+
+
+def _agreement(table: pd.DataFrame) -> dict[str, float]:
+    from scipy.stats import spearmanr
+
+    ranks = [
+        spearmanr(own["predicted"], own["measured"]).statistic
+        for _, own in table.groupby("prompt")
+        if len(own) > 2 and own["measured"].nunique() > 1 and own["predicted"].nunique() > 1
+    ]
+    predicted, measured = table["predicted"], table["measured"]
+    left = ((measured - predicted) ** 2).sum()
+    total = ((measured - measured.mean()) ** 2).sum()
+    return {
+        "n": float(len(table)),
+        "rank_correlation": float(np.mean(ranks)) if ranks else np.nan,
+        "r2": float(1 - left / total) if total > 0 else np.nan,
+        "same_sign": float((np.sign(predicted) == np.sign(measured)).mean()),
+    }
+
+
+def verify_circuit(
+    view: CircuitView,
+    n: int = 20,
+    *,
+    kinds: Sequence[str] = KINDS,
+    method: str = "zero",
+    reference: Any = None,
+    n_prompts: int = 5,
+    random_state: int = 0,
+    progress: bool = True,
+) -> Verification:
+    """Ablate parts of a circuit and compare the change of the target with what the scores foretell.
+
+    Heads, modules and single units are ablated at all positions, everything after them runs freely. For an
+    edge between two modules the path between them is cut, see `path_effect`. Half of the parts are those with
+    the highest |score|, half are drawn at random from all others, so that both big effects and their absence
+    are tested.
+
+    Args:
+        view: the circuit.
+        n: how many parts of each kind; modules are all ablated if there are fewer.
+        kinds: "head", "module", "unit", "edge".
+        method: "zero", "mean" or "resample"; see `ablate`. Scores foretell zero ablation; how far they go for
+            the others is what is then seen.
+        reference: prompts for "mean" and "resample"; None takes the view's own.
+        n_prompts: at most so many of the view's prompts.
+        random_state: draws the random half, and resamples.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: an unknown kind or method, or a view of the difference to corrupted prompts.
+    """
+    check_integer("n", n, least=2)
+    for kind in kinds:
+        check_choice("kinds", kind, KINDS)
+    check_choice("method", method, ("zero", "mean", "resample"))
+    if view.asked.corrupted is not None:
+        cure = "Make a view without corrupted prompts: its scores are about ablation."
+        refuse("view", got="scores relative to corrupted prompts", want="scores about ablation", cure=cure)
+    if method != "zero" and reference is None:
+        reference = view.texts
+    rng = np.random.default_rng(random_state)
+    tester = _Tester(view, method, reference, random_state)
+    todo = [(prompt, kind) for prompt in range(min(n_prompts, view.n_prompts)) for kind in kinds]
+    tables = []
+    for prompt, kind in tqdm(todo, desc="Verifying", disable=not progress):
+        candidates = _CANDIDATES[kind](view, prompt)
+        picked = _picked(np.array([score for _, score, _ in candidates]), n, rng)
+        chosen = [candidates[index] for index, _ in picked]
+        measured = tester.measure(kind, prompt, [what for _, _, what in chosen])
+        tables.append(
+            pd.DataFrame(
+                {
+                    "kind": kind,
+                    "name": [name for name, _, _ in chosen],
+                    "prompt": prompt,
+                    "picked": [how for _, how in picked],
+                    "predicted": [score for _, score, _ in chosen],
+                    "measured": measured,
+                }
+            )
+        )
+    return Verification(method, pd.concat(tables, ignore_index=True))
+
+
+def _picked(
+    scores: Float[np.ndarray, " candidate"], n: int, rng: np.random.Generator
+) -> list[tuple[int, str]]:
+    order = np.argsort(-np.abs(scores), kind="stable")
+    top, rest = order[: (n + 1) // 2], order[(n + 1) // 2 :]
+    drawn = rng.permutation(rest)[: n // 2]
+    return [(int(i), "top") for i in top] + [(int(i), "random") for i in drawn]
+
+
+class _Tester:
+    """Measures changes of the target, many copies of one prompt at a time."""
+
+    def __init__(self, view: CircuitView, method: str, reference: Any, random_state: int) -> None:
+        self.view, self.method, self.random_state = view, method, random_state
+        asked = view.asked
+        self.reference = reference
+        batches, _ = asked.batches(view.texts)
+        self.target = asked.target_of(view.n_prompts)
+        self.rows = {
+            int(prompt): batch.tokens[row, : batch.lengths[row]]
+            for batch in batches
+            for row, prompt in enumerate(batch.rows)
+        }
+
+    def measure(self, kind: str, prompt: int, chosen: list[Any]) -> Float[np.ndarray, " candidate"]:
+        tokens = self.rows[prompt]
+        at_a_time = max(1, self.view.asked.batch_tokens // len(tokens))
+        changes = [
+            self._changes(kind, prompt, chosen[start : start + at_a_time])
+            for start in range(0, len(chosen), at_a_time)
+        ]
+        return np.concatenate(changes) if changes else np.zeros(0)
+
+    def _changes(self, kind: str, prompt: int, some: list[Any]) -> Float[np.ndarray, " candidate"]:
+        asked = self.view.asked
+        tokens = self.rows[prompt].expand(len(some), -1)
+        batch = PromptBatch(np.full(len(some), prompt), tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+        def value(logits: Tensor) -> Tensor:
+            return self.target.values(logits, batch)
+
+        if kind == "edge":
+            senders, receivers = zip(*some, strict=True)
+            found = path_effect(asked.model, tokens, senders, receivers, value, basis=asked.basis)
+            return found.double().cpu().numpy()
+        options: dict[str, Any] = {} if self.method == "zero" else {"reference": self.reference}
+        if self.method == "resample":
+            options["random_state"] = self.random_state
+        basis = None if kind == "head" else asked.basis
+        with torch.no_grad():
+            before = value(logits_of(asked.model, tokens))
+            with ablate_rows(asked.model, some, method=self.method, basis=basis, **options):
+                after = value(logits_of(asked.model, tokens))
+        return (after - before).double().cpu().numpy()
+
+
+def _heads(view: CircuitView, prompt: int) -> list[Candidate]:
+    scores = view.head_scores()[prompt]
+    return [
+        (f"L{layer}H{head}", -scores[layer, head], f"L{layer}H{head}")
+        for layer, head in np.ndindex(scores.shape)
+    ]
+
+
+def _modules(view: CircuitView, prompt: int) -> list[Candidate]:
+    scores = view.module_scores_by_prompt()[:, prompt]
+    return [(f"M{index}", -float(score), view.asked.modules[index]) for index, score in enumerate(scores)]
+
+
+def _units(view: CircuitView, prompt: int) -> list[Candidate]:
+    scores = np.concatenate(
+        [found[prompt].double().cpu().numpy() for found in view.edges_by_prompt.unit_scores]
+    )
+    labels = view.unit_table["label"]
+    return [(label, -float(score), label) for label, score in zip(labels, scores, strict=True)]
+
+
+def _edges(view: CircuitView, prompt: int) -> list[Candidate]:
+    """Between modules, each in a band of layers."""
+    matrix, nodes = view.matrix[:, :, prompt], view.nodes
+    units = {row["id"]: view.units_in(row) for row in nodes[nodes["kind"] == "module"].to_dict("records")}
+    units = {name: table for name, table in units.items() if len(table)}
+    found = []
+    for row, receiver in enumerate(view.receivers):
+        for column, sender in enumerate(nodes["id"].iloc[: matrix.shape[1]]):
+            if sender in units and receiver in units and matrix[row, column] != 0:
+                pair = (units[sender], units[receiver])
+                found.append((f"{sender} > {receiver}", -float(matrix[row, column]), pair))
+    return found
+
+
+_CANDIDATES: dict[str, Callable[[CircuitView, int], list[Candidate]]] = {
+    "head": _heads,
+    "module": _modules,
+    "unit": _units,
+    "edge": _edges,
+}

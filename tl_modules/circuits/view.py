@@ -1,0 +1,331 @@
+"""`CircuitView`: the circuit of an answer, as tables, a graph and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+
+from tl_modules._checks import check_integer
+from tl_modules.attribution.logit import logit_table
+from tl_modules.attribution.promotes import promoted_tokens
+from tl_modules.circuits.attention import attention_table, head_pattern, values_by_position
+from tl_modules.circuits.export import graph_scores, pruned, to_networkx, write_json
+from tl_modules.circuits.nodes import edge_table, summary
+from tl_modules.circuits.numbers import CircuitNumbers
+from tl_modules.circuits.weights import head_reach
+from tl_modules.host import logits_of
+from tl_modules.module import Module
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from tl_modules.circuits.verify import Verification
+
+_N_CANDIDATES = 8
+
+
+class CircuitView(CircuitNumbers):
+    """What an answer is made from: nodes, edges, and tables of heads, units and logits.
+
+    Made by `circuit`. Scores of several prompts are means; tables then have standard errors and the share of
+    prompts whose score has the mean's sign.
+    """
+
+    verification: Verification | None = None
+    """Whether intervention agrees; see `verify`."""
+
+    @property
+    def title(self) -> str:
+        """The target's name, and that of the prompt if there is one only."""
+        target = self._scores.targets[0] if len(set(self._scores.targets)) == 1 else self.asked.target
+        return (
+            f"{target} of {self.texts[0]!r}"
+            if self.n_prompts == 1
+            else f"{target} over {self.n_prompts} prompts"
+        )
+
+    @property
+    def header(self) -> list[str]:
+        """What is explained, by which method, and whether intervention agrees."""
+        lines = [
+            f"{self.title}: {self.values.mean():.3f}",
+            f"nodes by {self._scores.method}, edges by gradient",
+        ]
+        return [
+            *lines,
+            "not verified: view.verify()" if self.verification is None else str(self.verification),
+        ]
+
+    @cached_property
+    def nodes(self) -> pd.DataFrame:
+        """One row a node: id, kind, layer, last_layer, index, label, score, gradient_score, standard_error,
+        consistency.
+
+        `gradient_score` is the sum of the edges that leave the node, those to heads without a node included;
+        `score`, with its standard error and consistency, is by the method asked for.
+        """
+        table = self.plan.table()
+        gradient = np.concatenate([self.gradient_scores(), self.values[None]])
+        by_method = gradient.copy()
+        heads = self.head_scores()
+        for row, (layer, head) in zip(np.flatnonzero(table["kind"] == "head"), self.plan.heads, strict=True):
+            by_method[row] = heads[:, layer, head]
+        return table.assign(**summary(by_method), gradient_score=gradient.mean(1))
+
+    @cached_property
+    def edges(self) -> pd.DataFrame:
+        """One row an edge, the strongest first: source, target (ids of nodes), score, standard_error,
+        consistency.
+        """
+        return edge_table(self.matrix, self.plan.table(), self.receivers)
+
+    @cached_property
+    def heads(self) -> pd.DataFrame:
+        """Every head and module: what the head writes to the module, on these prompts and by the weights.
+
+        Columns module, name, layer, head, label; score, the part of the head's score that goes straight
+        through the module, with standard_error and consistency; reach, the mean squared length of the
+        module's read directions seen through the head's OV matrix, in units of what random directions have;
+        and reach_z, how many standard errors of as many random directions that is from 1.
+        """
+        plan = self.plan
+        width = len(plan.names) + 1
+        first = 1 + len(plan.heads)
+        own = self.edges_by_prompt.heads[first:].double().cpu().numpy()
+        by_module = own.reshape(len(plan.starts), width, *own.shape[1:])[:, :-1].sum(0)
+        n_modules, n_prompts, n_layers, n_heads = by_module.shape
+        reach = head_reach(self.asked.model, self.wanted.places, self.module_labels(), len(plan.names))
+        layer, head = np.divmod(np.arange(n_layers * n_heads), n_heads)
+        table = pd.DataFrame(
+            {
+                "module": np.repeat(np.arange(n_modules), n_layers * n_heads),
+                "name": np.repeat(np.asarray(plan.names, dtype=object), n_layers * n_heads),
+                "layer": np.tile(layer, n_modules),
+                "head": np.tile(head, n_modules),
+                **summary(by_module.transpose(0, 2, 3, 1).reshape(-1, n_prompts)),
+                "reach": reach.ratio.reshape(-1),
+                "reach_z": reach.z.reshape(-1),
+            }
+        )
+        table.insert(4, "label", [f"L{a}H{b}" for a, b in zip(table["layer"], table["head"], strict=True)])
+        return table.sort_values("score", key=np.abs, ascending=False, kind="stable", ignore_index=True)
+
+    @property
+    def head_table(self) -> pd.DataFrame:
+        """`heads`, as the figures read it."""
+        return self.heads[["module", "layer", "head", "score"]]
+
+    def units(
+        self, module: int | Module | None = None, n: int = 10, *, promotes: bool = True
+    ) -> pd.DataFrame:
+        """The units of each module that matter most for this target.
+
+        Args:
+            module: its number, or a `Module`; None for all modules.
+            n: how many of each.
+            promotes: also tell which tokens each raises when its value is positive.
+
+        Returns:
+            Columns module, label, layer, index, value (at the last position), score, standard_error,
+            consistency and promotes.
+
+        Raises:
+            InputError: there is no such module.
+        """
+        check_integer("n", n, least=1)
+        wanted = range(len(self.plan.names)) if module is None else [self._number(module)]
+        table = self.unit_table
+        chosen = table[table["module"].isin(list(wanted))]
+        chosen = chosen.sort_values("score", key=np.abs, ascending=False, kind="stable")
+        chosen = (
+            chosen.groupby("module", sort=True, group_keys=False).head(n).sort_values("module", kind="stable")
+        )
+        if promotes and len(chosen):
+            chosen = chosen.assign(promotes=self._promoted(chosen))
+        return chosen.reset_index(drop=True)
+
+    def _promoted(self, table: pd.DataFrame) -> list[str]:
+        found = promoted_tokens(
+            self.asked.model, list(table["label"]), n=4, basis=self.asked.basis or "neurons"
+        )
+        best = found[found["end"] == "promoted"].groupby("label")["token"].agg(" ".join)
+        return [best[label] for label in table["label"]]
+
+    @property
+    def neurons(self) -> pd.DataFrame:
+        """`units()` of neurons: the ten of each module that matter most."""
+        return self.units()
+
+    @property
+    def features(self) -> pd.DataFrame:
+        """`units()` of features: the ten of each module that matter most."""
+        return self.units()
+
+    @cached_property
+    def logits(self) -> pd.DataFrame:
+        """Module by candidate answer: what each module adds to the logits of the likeliest answers itself."""
+        return self.logits_of(self._candidates())
+
+    def logits_of(self, candidates: list[str | int]) -> pd.DataFrame:
+        """Module by candidate: what each module's units add to the candidate's logit directly, on average.
+
+        Args:
+            candidates: tokens, as text or ids.
+        """
+        asked = self.asked
+        table = logit_table(
+            asked.model,
+            self.texts,
+            candidates,
+            modules=asked.modules,
+            basis=asked.basis,
+            sources=["module"],
+            exact=False,
+            progress=False,
+        )
+        summed = table.groupby(["source_index", "target"], sort=False)["score"].sum() / self.n_prompts
+        wide = summed.unstack("target")[list(dict.fromkeys(table["target"]))]
+        wide.index = pd.Index([f"{i} {self.plan.names[i]}" for i in wide.index], name="module")
+        return wide
+
+    def _candidates(self) -> list[str | int]:
+        batches, _ = self.asked.batches(self.texts)
+        with torch.no_grad():
+            last = [logits_of(self.asked.model, b.tokens)[range(len(b.rows)), b.last] for b in batches]
+        likely = torch.cat(last).softmax(-1).mean(0).topk(_N_CANDIDATES).indices.tolist()
+        target = self.asked.target_of(self.n_prompts)
+        return list(dict.fromkeys([*target.answers.tolist()[:1], *target.wrong.tolist()[:1], *likely]))
+
+    def attention(self, module: int | Module, n_heads: int = 5) -> pd.DataFrame:
+        """Which source tokens the heads look at that feed a module most: how much comes from each of them.
+
+        For one prompt only.
+
+        Args:
+            module: its number, or a `Module`.
+            n_heads: how many heads, by |score| in `heads`.
+
+        Returns:
+            Columns layer, head, label, source_pos, source_token, score, pattern; the sum of score over source
+            tokens is the head's score for the module (without corrupted prompts).
+
+        Raises:
+            InputError: several prompts, or no such module.
+        """
+        return attention_table(self, self._number(module), check_integer("n_heads", n_heads, least=1))
+
+    def pattern(self, layer: int, head: int) -> Float[np.ndarray, "query key"]:
+        """The attention pattern of a head on the prompt."""
+        return head_pattern(self, layer, head)
+
+    def module_values(self, module: int | Module) -> Float[np.ndarray, " pos"]:
+        """Mean |value| of the module's units at each position of the prompt."""
+        return values_by_position(self, self._number(module))
+
+    def _number(self, module: int | Module) -> int:
+        number = module.index if isinstance(module, Module) else module
+        return check_integer("module", number, least=0, most=len(self.plan.names) - 1)
+
+    def module_scores(self) -> pd.DataFrame:
+        """One row a module, over all bands: name, score, standard_error, consistency."""
+        table = pd.DataFrame({"name": self.plan.names, **summary(self.module_scores_by_prompt())})
+        return table.rename_axis(index="module")
+
+    def units_in(self, node: Mapping[Any, Any]) -> pd.DataFrame:
+        """The units of a module in the layers of a node, as rows of the units table."""
+        units = self.asked.modules[node["index"]].units
+        return units[(units["kind"] != "head") & units["layer"].between(node["layer"], node["last_layer"])]
+
+    def pruned(
+        self, node_threshold: float = 0.8, edge_threshold: float = 0.98
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The nodes and the edges that carry most of the influence on the target.
+
+        Args:
+            node_threshold: share of all nodes' influence that the kept ones have at least; tokens and target
+                are always kept.
+            edge_threshold: the same for the edges among them.
+        """
+        return pruned(self.nodes, self.edges, node_threshold, edge_threshold)
+
+    def graph_scores(self) -> dict[str, float]:
+        """Replacement and completeness score: how little of the influence comes from error nodes."""
+        return graph_scores(self.nodes, self.edges)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The edges, with kind, label and layer of the nodes at both ends."""
+        nodes = self.nodes.set_index("id")[["kind", "label", "layer"]]
+        table = self.edges
+        for end in ("source", "target"):
+            table = table.join(nodes.add_prefix(f"{end}_"), on=end)
+        return table
+
+    def to_networkx(self) -> nx.DiGraph:
+        """The graph for networkx: attributes as in `nodes` and `edges`, edges with their score as weight."""
+        return to_networkx(self.nodes, self.edges)
+
+    def to_json(
+        self,
+        path: str | Path,
+        *,
+        slug: str,
+        scan: str = "",
+        n_units: int = 60,
+        node_threshold: float = 0.8,
+        edge_threshold: float = 0.98,
+        old_error_ids: bool = False,
+    ) -> Path:
+        """Write the graph unit by unit for circuit-tracer's and Neuronpedia's viewers, modules as supernodes.
+
+        All nodes but tokens stand at the last position, with scores summed over positions. Heads are drawn as
+        features with numbers above those of the units. For one prompt only.
+
+        Args:
+            path: where to.
+            slug: the graph's name in the viewer.
+            scan: what the viewer looks features up by; empty for the model's name.
+            n_units: how many units are nodes of their own; the rest is in the error nodes.
+            node_threshold: see `pruned`.
+            edge_threshold: see `pruned`.
+            old_error_ids: error ids of files before 2026, "0_layer_pos".
+
+        Returns:
+            The path.
+
+        Raises:
+            InputError: several prompts.
+        """
+        return write_json(
+            self,
+            path,
+            slug=slug,
+            scan=scan,
+            n_units=check_integer("n_units", n_units, least=1),
+            node_threshold=node_threshold,
+            edge_threshold=edge_threshold,
+            old_error_ids=old_error_ids,
+        )
+
+    def verify(self, n: int = 20, **options: Any) -> Verification:
+        """Ablate heads, modules, units and edges, and compare what happens with what the scores foretell.
+
+        See `verify_circuit`; the result stands in the header from then on.
+
+        Args:
+            n: how many nodes of each kind, half of them those with the highest scores, half drawn at random.
+            **options: as for `verify_circuit`.
+        """
+        from tl_modules.circuits.verify import verify_circuit
+
+        self.verification = verify_circuit(self, n, **options)
+        return self.verification
+
+    def __repr__(self) -> str:
+        return f"CircuitView({'; '.join(self.header)}; {len(self.nodes)} nodes, {len(self.edges)} edges)"

@@ -1,0 +1,275 @@
+"""What is drawn of a circuit: colours, widths, lines of text and hover text of its nodes and edges."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from tl_modules.viz.circuit_layout import Box, Layout, curve, layered
+
+MOST_EDGES = 800
+"""A drawing holds so many of the strongest edges."""
+
+_FIRST_SHOWN = 120
+"""Edges that are visible at first where no threshold is given."""
+
+POSITIVE, NEGATIVE = "#4a90d9", "#dd5a4f"
+"""Colours of edges; they read on white and on black."""
+
+_FILLS = {1: (31, 104, 178), -1: (186, 54, 43), 0: (108, 118, 129)}
+"""Of nodes, by sign; white text reads on each. Weak nodes are nearer to the grey."""
+
+_TARGET = "#39424e"
+_CHARACTER = 6.9
+"""Pixels that a character of 11 takes in a wide font."""
+
+_KINDS = {
+    "embedding": "token embedding",
+    "head": "attention head",
+    "other_heads": "all other heads",
+    "module": "module",
+    "other": "units in no module",
+    "error": "biases and what features do not explain",
+    "target": "target",
+}
+
+
+@runtime_checkable
+class Drawable(Protocol):
+    """The tables that a drawing needs; a `CircuitView` has them."""
+
+    @property
+    def nodes(self) -> pd.DataFrame:
+        """id, kind, layer, last_layer, index, label, score, standard_error and consistency."""
+
+    @property
+    def edges(self) -> pd.DataFrame:
+        """source, target, score, standard_error and consistency."""
+
+    @property
+    def tokens(self) -> list[str]:
+        """Of the one prompt; empty where there are several."""
+
+    @property
+    def title(self) -> str:
+        """A headline."""
+
+    @property
+    def header(self) -> list[str]:
+        """Short lines: target, value, method, verification."""
+
+    def units(self, module: int, n: int) -> pd.DataFrame:
+        """The `n` top units of a module: label, score, value and promotes."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node as it is drawn."""
+
+    number: int
+    """Row in the table of nodes."""
+    id: str
+    kind: str
+    module: int
+    """Its module; -1 where it is none."""
+    box: Box
+    lines: list[str]
+    """Text inside the box."""
+    fill: str
+    hover: str
+    bare: bool
+    """No edge of it is shown at first."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An edge as it is drawn."""
+
+    source: int
+    """Number of the node."""
+    target: int
+    share: float
+    """Size of its score over that of the strongest."""
+    points: Float[np.ndarray, "4 2"]
+    colour: str
+    width: float
+    opacity: float
+    hover: str
+    shown: bool
+    """At first."""
+    against: bool
+    """Does not lead upwards, so that it needs an arrow."""
+
+    @property
+    def path(self) -> str:
+        """The curve as SVG writes it."""
+        (a, b, c, d) = ([f"{value:.1f}" for value in point] for point in self.points)
+        return f"M{a[0]} {a[1]}C{b[0]} {b[1]} {c[0]} {c[1]} {d[0]} {d[1]}"
+
+    @property
+    def arrow(self) -> str:
+        """A triangle at the end of the curve, as SVG writes it."""
+        x, y = self.points[3]
+        half = 2.5 + self.width / 2
+        return f"M{x:.1f} {y:.1f}l{-half:.1f} {-2 * half:.1f}h{2 * half:.1f}z"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """All that is drawn, the weakest edge first."""
+
+    layout: Layout
+    nodes: list[Node]
+    edges: list[Edge]
+    n_edges: int
+    """Of the circuit; those beyond `MOST_EDGES` are not in the drawing."""
+    threshold: float
+    """Share of the strongest edge below which edges are hidden at first."""
+
+
+def draw(view: Drawable, threshold: float | None = None) -> Drawing:
+    """Lay a circuit out and say how everything looks.
+
+    Args:
+        view: the circuit.
+        threshold: edges weaker than this share of the strongest are hidden at first, 0 to 1; None shows the
+            120 strongest.
+
+    Example:
+        >>> drawing = draw(view)
+        >>> len(drawing.nodes), len(drawing.edges)
+        (9, 12)
+    """
+    table, known = view.nodes, set(view.nodes["id"])
+    order = view.edges["score"].abs().sort_values(ascending=False, kind="stable").index
+    edges = view.edges.loc[order]
+    edges = edges[edges["source"].isin(known) & edges["target"].isin(known) & edges["score"].ne(0)]
+    layout = layered(table, edges)
+    strongest = edges.head(MOST_EDGES).iloc[::-1]
+    shares = (strongest["score"].abs() / max(strongest["score"].abs().max(), 1e-30)).to_numpy()
+    if threshold is None:
+        threshold = float(shares[-_FIRST_SHOWN]) if len(shares) > _FIRST_SHOWN else 0.0
+    drawn = [
+        _edge(row, share, table, layout, shown=bool(share >= threshold))
+        for row, share in zip(strongest.to_dict("records"), shares.tolist(), strict=True)
+    ]
+    joined = {end for edge in drawn if edge.shown for end in (edge.source, edge.target)}
+    return Drawing(layout, _nodes(table, layout, joined), drawn, len(edges), threshold)
+
+
+def visible(text: str) -> str:
+    """Text with glyphs for line breaks, tabs and lone spaces, and without what XML cannot hold.
+
+    Example:
+        >>> visible(" a\\nb\\x00"), visible("  ")
+        (' a↵b�', '␣␣')
+    """
+    if text and not text.strip(" "):
+        return "␣" * len(text)
+    text = text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "↵")
+    return re.sub(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "�", text)
+
+
+def _nodes(table: pd.DataFrame, layout: Layout, joined: set[int]) -> list[Node]:
+    most = max(table.loc[table["kind"] != "target", "score"].abs().max(), 1e-30)
+    return [
+        Node(
+            number,
+            row["id"],
+            row["kind"],
+            int(row["index"]) if row["kind"] == "module" else -1,
+            layout.boxes[row["id"]],
+            _lines(row, layout.boxes[row["id"]]),
+            _TARGET if row["kind"] == "target" else _fill(float(row["score"]) / most),
+            _node_hover(row),
+            number not in joined,
+        )
+        for number, row in enumerate(table.to_dict("records"))
+    ]
+
+
+def _edge(row: Mapping[Any, Any], share: float, table: pd.DataFrame, layout: Layout, *, shown: bool) -> Edge:
+    source, target = layout.boxes[row["source"]], layout.boxes[row["target"]]
+    ids = table["id"].tolist()
+    numbers = ids.index(row["source"]), ids.index(row["target"])
+    names = [visible(str(table["label"].iloc[number])).strip() for number in numbers]
+    hover = [" → ".join(names), *_score_lines(row), f"{share:.0%} of the strongest"]
+    return Edge(
+        *numbers,
+        share,
+        curve(source, target),
+        POSITIVE if row["score"] > 0 else NEGATIVE,
+        0.7 + 6.3 * share,
+        0.16 + 0.74 * math.sqrt(share),
+        "\n".join(hover),
+        shown,
+        target.y >= source.y,
+    )
+
+
+def _fill(share: float) -> str:
+    """Grey, the bluer or redder the larger the share."""
+    tint, amount = _FILLS[int(np.sign(share))], min(1.0, abs(share)) ** 0.5
+    mixed = [round(grey + amount * (full - grey)) for grey, full in zip(_FILLS[0], tint, strict=True)]
+    return "#" + "".join(f"{value:02x}" for value in mixed)
+
+
+def _node_hover(row: Mapping[Any, Any]) -> str:
+    first, last = row["layer"], row["last_layer"]
+    where = "" if row["kind"] in ("embedding", "target") else f", layer {first}"
+    if where and first != last:
+        where = f", layers {first}–{last}"
+    lines = [visible(str(row["label"])).strip(), _KINDS[row["kind"]] + where, *_score_lines(row)]
+    return "\n".join(lines)
+
+
+def _score_lines(row: Mapping[Any, Any]) -> list[str]:
+    error, agree = row.get("standard_error", math.nan), row.get("consistency", math.nan)
+    lines = ["score " + signed(float(row["score"])) + ("" if pd.isna(error) else f" ± {error:.2g}")]
+    return lines if pd.isna(agree) else [*lines, f"same sign in {agree:.0%} of prompts"]
+
+
+def signed(value: float) -> str:
+    """Three digits with a sign.
+
+    Example:
+        >>> signed(-0.12345), signed(2)
+        ('−0.123', '+2')
+    """
+    return "–" if math.isnan(value) else f"{value:+.3g}".replace("-", "−")
+
+
+def _lines(row: Mapping[Any, Any], box: Box) -> list[str]:
+    """The label in as many lines as the box has, cut where it is longer; the row tells the layers."""
+    label = visible(str(row["label"])).strip()
+    label = label.removesuffix(f" {row['layer']}-{row['last_layer']}")
+    room = int((box.width - 4) / _CHARACTER)
+    lines = [""]
+    for word in label.split(" ") if box.height > 30 and row["kind"] != "target" else [label]:
+        joined = f"{lines[-1]} {word}".strip()
+        if _columns(joined) <= room or not lines[-1] or len(lines) == 2:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    return [_cut(line.strip(" ·"), room) for line in lines]
+
+
+def _columns(text: str) -> int:
+    """Widths of a letter that a text takes; ideographs take two."""
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
+
+
+def _cut(text: str, room: int) -> str:
+    if _columns(text) <= room:
+        return text
+    while text and _columns(text) > room - 1:
+        text = text[:-1]
+    return text.rstrip(" ·,") + "…"
