@@ -1,0 +1,90 @@
+"""What a circuit costs on SmolLM2: time against a forward pass, and memory for a long prompt.
+
+python benchmarks/circuit_cost.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from memory import peak_beyond
+
+from tl_modules import collect, find_modules, load_demo_model, load_demo_prompts
+from tl_modules.attribution.gradient import gradient_scores
+from tl_modules.attribution.read import read_batches
+from tl_modules.circuits.build import circuit
+from tl_modules.host import logits_of
+
+PROMPT, ANSWER = "The capital of France is", " Paris"
+LONG = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--memory-only", action="store_true", help="what the process of its own runs")
+    options = parser.parse_args()
+    model = load_demo_model("hooked")
+    modules = find_modules(collect(model, load_demo_prompts(), progress=False), n_modules=10, random_state=0)
+    if options.memory_only:
+        print_memory(model, modules)
+        return
+    compare_times(model, modules, options.repeats)
+    subprocess.run([sys.executable, __file__, "--memory-only"], check=True)
+
+
+def long_prompt(model: Any) -> list[int]:
+    """The first tokens of the demo prompts."""
+    text = " ".join(load_demo_prompts()["text"].tolist())
+    return list(model.tokenizer(text)["input_ids"][:LONG])
+
+
+def compare_times(model: Any, modules: Any, repeats: int) -> None:
+    for name, prompt in ((f"{PROMPT!r}", PROMPT), (f"{LONG} tokens", [long_prompt(model)])):
+        (batch,) = read_batches(model, prompt)
+
+        def forward(tokens: torch.Tensor = batch.tokens) -> None:
+            with torch.no_grad():
+                logits_of(model, tokens)
+
+        def gradient(method: str, prompt: Any = prompt) -> Callable[[], Any]:
+            return lambda: gradient_scores(model, prompt, ANSWER, method=method, modules=modules)  # type: ignore[arg-type]
+
+        ways: dict[str, Callable[[], Any]] = {
+            "forward pass": forward,
+            "input_x_gradient, everything": gradient("input_x_gradient"),
+            "two_point, everything": gradient("two_point"),
+            "circuit": lambda prompt=prompt: circuit(model, modules, prompt, ANSWER),
+        }
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(repeats if prompt == PROMPT else 3):
+            for way, run in ways.items():
+                began = time.perf_counter()
+                run()
+                seconds[way].append(time.perf_counter() - began)
+        whole = statistics.median(seconds["forward pass"])
+        print(f"{name}, {len(batch.tokens[0])} tokens, {torch.get_num_threads()} threads")
+        for way, found in seconds.items():
+            middle = statistics.median(found)
+            print(f"  {way:30s} {middle:.3f} s, {middle / whole:.1f} forward passes")
+    print("asked: input_x_gradient at most 4 forward passes")
+
+
+def print_memory(model: Any, modules: Any) -> None:
+    circuit(model, modules, PROMPT, ANSWER)
+    prompt = [long_prompt(model)]
+    _, beyond = peak_beyond(lambda: circuit(model, modules, prompt, ANSWER))
+    print(
+        f"peak memory of the circuit of {LONG} tokens beyond the model: {beyond / 2**30:.2f} GiB (asked: 3)"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Do attribution scores foretell what ablation does? SmolLM2 on factual prompts, every head and every module.
+
+For each prompt that the model answers (log-probability of the answer above -2.5), each of the 270 heads and
+each of 10 modules is set to zero at all positions, and the change of the answer's log-probability is compared
+with what the scores foretell: rank correlation over all heads, within the 30 that matter most, and over
+modules, on average over prompts. Needs `../shared/data/facts.jsonl` or another file of that form.
+
+    python benchmarks/circuit_scores.py --write docs/circuit_scores.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_modules import collect, find_modules, load_demo_model, load_demo_prompts
+from tl_modules.attribution.gradient import gradient_scores
+from tl_modules.attribution.read import read_batches
+from tl_modules.attribution.record import record
+from tl_modules.attribution.targets import make_target
+from tl_modules.host import logits_of
+from tl_modules.interventions import ablate_rows
+
+FACTS = Path(__file__).parents[2] / "shared/data/facts.jsonl"
+LEAST, N_TOP, N_MODULES = -2.5, 30, 10
+ROWS_AT_A_TIME = 90
+
+
+def main() -> None:
+    options = parse()
+    model = load_demo_model("hooked")
+    modules = find_modules(collect(model, load_demo_prompts()), n_modules=N_MODULES, random_state=0)
+    facts = answered(model, options)
+    rows = []
+    for prompt, answer in tqdm(facts, desc="Prompts"):
+        heads, by_module = measured(model, modules, prompt, answer)
+        for name, way in WAYS.items():
+            began = time.perf_counter()
+            predicted = way(model, modules, prompt, answer)
+            seconds = time.perf_counter() - began
+            rows.append({"method": name, "seconds": seconds, **agreement(predicted, heads, by_module)})
+        began = time.perf_counter()
+        forward(model, prompt)
+        rows.append({"method": "a forward pass", "seconds": time.perf_counter() - began})
+    table = pd.DataFrame(rows)
+    print(report(table, len(facts)))
+    if options.write:
+        write(options.write, report(table, len(facts)))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--facts", type=Path, default=FACTS)
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--per-relation", type=int, default=15)
+    parser.add_argument("--write", type=Path, help="a Markdown file whose table is replaced")
+    return parser.parse_args()
+
+
+def answered(model: Any, options: argparse.Namespace) -> list[tuple[str, int]]:
+    """Prompts with the id of their answer, shuffled, where that is one token that the model gives."""
+    facts = [json.loads(line) for line in options.facts.read_text().splitlines()]
+    facts = [fact for fact in facts if fact["relation"] not in ("greater_than", "ioi")]
+    order = np.random.default_rng(0).permutation(len(facts))
+    found: list[tuple[str, int]] = []
+    taken: dict[str, int] = {}
+    for fact in (facts[i] for i in order):
+        ids = model.tokenizer(" " + fact["answer"], add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or taken.get(fact["relation"], 0) >= options.per_relation:
+            continue
+        if log_probability(forward(model, fact["prompt"]), ids[0]).item() > LEAST:
+            taken[fact["relation"]] = taken.get(fact["relation"], 0) + 1
+            found.append((fact["prompt"], ids[0]))
+    print(f"{min(len(found), options.prompts)} prompts of {taken}")
+    return found[: options.prompts]
+
+
+def forward(model: Any, prompt: str) -> Tensor:
+    (batch,) = read_batches(model, prompt)
+    with torch.no_grad():
+        return logits_of(model, batch.tokens)
+
+
+def log_probability(logits: Tensor, answer: int) -> Tensor:
+    return logits[:, -1].log_softmax(-1)[:, answer]
+
+
+def measured(model: Any, modules: Any, prompt: str, answer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Change of the answer's log-probability when each head, and each module, is zero."""
+    (batch,) = read_batches(model, prompt)
+    before = log_probability(forward(model, prompt), answer)
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    labels: list[Any] = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
+    changes = []
+    for some in [labels[i : i + ROWS_AT_A_TIME] for i in range(0, len(labels), ROWS_AT_A_TIME)] + [
+        list(modules)
+    ]:
+        with torch.no_grad(), ablate_rows(model, some):
+            logits = logits_of(model, batch.tokens.expand(len(some), -1))
+        changes.append((log_probability(logits, answer) - before).numpy())
+    return np.concatenate(changes[:-1]), changes[-1]
+
+
+Predicted = tuple[np.ndarray, np.ndarray]
+"""Minus the scores of all heads, and of all modules."""
+
+
+def by_scores(method: str) -> Callable[..., Predicted]:
+    """A method of the library."""
+
+    def way(model: Any, modules: Any, prompt: str, answer: int) -> Predicted:
+        scores = gradient_scores(model, prompt, answer, method=method, modules=modules)  # type: ignore[arg-type]
+        return -scores.tensor("head").numpy().ravel(), -scores.tensor("module")[0, :, 0].sum(0).numpy()
+
+    return way
+
+
+def all_heads_halfway(model: Any, modules: Any, prompt: str, answer: int) -> Predicted:
+    """The mean of the gradients at full strength and with all heads at half strength together."""
+    (batch,) = read_batches(model, prompt)
+    target = make_target(model, 1, answer)
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
+    here = record(model, batch, names, target.values)
+    there = record(model, batch, names, target.values, {name: lambda z: z / 2 for name in names})
+    slopes = {name: (here.gradients[name] + there.gradients[name]) / 2 for name in names}
+    scores = [(here.activations[name] * slopes[name]).sum((0, 1, 3)) for name in names]
+    return -torch.cat(scores).numpy(), np.full(modules.n_modules, np.nan)
+
+
+def each_module_on_its_way(model: Any, modules: Any, prompt: str, answer: int) -> Predicted:
+    """For each module alone, the mean of the gradients at full strength, at a half and at a fifth of it."""
+    (batch,) = read_batches(model, prompt)
+    target = make_target(model, 1, answer)
+    sites = NeuronBasis().sites(model)
+    names = [site.hook_name for site in sites]
+    labels = dict(zip(names, np.split(modules.unit_labels, len(sites)), strict=True))
+    here = record(model, batch, labels, target.values)
+    scores = np.zeros(modules.n_modules)
+    for module in range(modules.n_modules):
+        own = {name: torch.from_numpy(labels[name] == module) for name in labels}
+        runs = [here]
+        for share in (0.5, 0.2):
+            at = {name: partial(_scaled, mask=mask, share=share) for name, mask in own.items()}
+            runs.append(record(model, batch, labels, target.values, at))
+        for name, mask in own.items():
+            slope = torch.stack([run.gradients[name] for run in runs]).mean(0)
+            scores[module] += float((here.activations[name] * slope)[..., mask].sum())
+    return np.full(model.cfg.n_layers * model.cfg.n_heads, np.nan), -scores
+
+
+def _scaled(activation: Tensor, mask: Tensor, share: float) -> Tensor:
+    return torch.where(mask, activation * share, activation)
+
+
+def by_chance(_model: Any, modules: Any, prompt: str, _answer: int) -> Predicted:
+    """Random numbers, to see what the table says of nothing."""
+    rng = np.random.default_rng(len(prompt))
+    return rng.normal(size=_model.cfg.n_layers * _model.cfg.n_heads), rng.normal(size=modules.n_modules)
+
+
+WAYS: dict[str, Callable[..., Predicted]] = {
+    "two_point": by_scores("two_point"),
+    "input_x_gradient": by_scores("input_x_gradient"),
+    "integrated_gradients": by_scores("integrated_gradients"),
+    "all heads halfway at once": all_heads_halfway,
+    "each module on its way": each_module_on_its_way,
+    "chance": by_chance,
+}
+
+
+def agreement(predicted: Predicted, heads: np.ndarray, by_module: np.ndarray) -> dict[str, float]:
+    top = np.argsort(-np.abs(heads))[:N_TOP]
+    return {
+        "all heads": spearmanr(predicted[0], heads).statistic,
+        "top 30 heads": spearmanr(predicted[0][top], heads[top]).statistic,
+        "modules": spearmanr(predicted[1], by_module).statistic,
+    }
+
+
+def report(table: pd.DataFrame, n_prompts: int) -> str:
+    columns = ["all heads", "top 30 heads", "modules"]
+    grouped = table.groupby("method", sort=False)
+    mean, worst = grouped[columns].mean(), grouped[columns].min()
+    seconds = grouped["seconds"].median()
+    lines = [
+        f"Rank correlation of predicted and measured changes, mean over {n_prompts} prompts (worst prompt):",
+        "",
+        "| method | all 270 heads | the 30 that matter most | 10 modules | time, forward passes |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in WAYS:
+        cells = [
+            "" if np.isnan(mean.at[name, c]) else f"{mean.at[name, c]:.3f} ({worst.at[name, c]:.2f})"
+            for c in columns
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} | {seconds[name] / seconds['a forward pass']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, table: str) -> None:
+    """Replace what stands between the two marks."""
+    start, end = "<!-- table -->\n", "<!-- end of table -->"
+    text = path.read_text() if path.exists() else f"# Circuit scores against ablation\n\n{start}{end}\n"
+    head, rest = text.split(start)
+    path.write_text(head + start + table + end + rest.split(end)[1])
+
+
+if __name__ == "__main__":
+    main()
