@@ -1,4 +1,4 @@
-"""Ready-made activations and modules for the examples in docstrings: `acts` and `modules`."""
+"""Ready-made objects for the examples in docstrings: `acts`, `modules` and a circuit, `view`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import pytest
 @pytest.fixture(autouse=True)
 def _ready(request: pytest.FixtureRequest) -> None:
     if isinstance(request.node, pytest.DoctestItem):
-        request.getfixturevalue("doctest_namespace").update(_examples())
+        namespace = request.getfixturevalue("doctest_namespace")
+        namespace.update(_examples())
+        if request.node.name.startswith("tl_modules.viz."):
+            from circuit_views import tiny_view
+
+            namespace["view"] = tiny_view()
 
 
 @cache

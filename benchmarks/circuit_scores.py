@@ -30,6 +30,7 @@ from tl_modules.attribution.gradient import gradient_scores
 from tl_modules.attribution.read import read_batches
 from tl_modules.attribution.record import record
 from tl_modules.attribution.targets import make_target
+from tl_modules.bases import NeuronBasis
 from tl_modules.host import logits_of
 from tl_modules.interventions import ablate_rows
 
@@ -77,14 +78,16 @@ def answered(model: Any, options: argparse.Namespace) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     taken: dict[str, int] = {}
     for fact in (facts[i] for i in order):
+        if len(found) == options.prompts:
+            break
         ids = model.tokenizer(" " + fact["answer"], add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or taken.get(fact["relation"], 0) >= options.per_relation:
             continue
         if log_probability(forward(model, fact["prompt"]), ids[0]).item() > LEAST:
             taken[fact["relation"]] = taken.get(fact["relation"], 0) + 1
             found.append((fact["prompt"], ids[0]))
-    print(f"{min(len(found), options.prompts)} prompts of {taken}")
-    return found[: options.prompts]
+    print(f"{len(found)} prompts of {taken}", flush=True)
+    return found
 
 
 def forward(model: Any, prompt: str) -> Tensor:

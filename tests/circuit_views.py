@@ -35,9 +35,7 @@ class FakeView:
         rng = np.random.default_rng(1)
         n_layers = int(self.nodes["layer"].max())
         modules = sorted(set(self.nodes.loc[self.nodes["kind"] == "module", "index"]))
-        grid = np.array(
-            [(m, la, h) for m in modules for la in range(n_layers) for h in range(self.n_heads)]
-        )
+        grid = np.array([(m, la, h) for m in modules for la in range(n_layers) for h in range(self.n_heads)])
         table = pd.DataFrame(grid, columns=["module", "layer", "head"])
         return table.assign(score=rng.standard_t(2, len(table)) / 10)
 
@@ -104,7 +102,9 @@ def circuit_view(
         if a.layer < b.last_layer and (a.last_layer < b.last_layer or rng.random() < 0.1)
     ]
     chosen = rng.permutation(len(pairs))[: n_edges or len(pairs)]
-    table = pd.DataFrame([(pairs[i][0].id, pairs[i][1].id) for i in sorted(chosen)], columns=["source", "target"])
+    table = pd.DataFrame(
+        [(pairs[i][0].id, pairs[i][1].id) for i in sorted(chosen)], columns=["source", "target"]
+    )
     score = rng.standard_t(1.5, len(table))
     table = table.assign(score=score, standard_error=spread[0], consistency=spread[1])
     table = table.sort_values("score", key=np.abs, ascending=False, ignore_index=True)
@@ -125,6 +125,8 @@ def usual_view() -> FakeView:
     heads = sorted({(int(i) // 9, int(i) % 9) for i in rng.permutation(270)[:20]})
     names = [
         "capital · city · country", "def · return · self", "poem · rose", "Monsieur · le · français",
-        "theorem · proof", "recipe · butter · oven", "court · plaintiff", "cell · protein", "北京 · 上海 · 首都", "the",
+        "theorem · proof", "recipe · butter · oven", "court · plaintiff", "cell · protein",
+        "北京 · 上海 · 首都",
+        "the",
     ]  # fmt: skip
     return circuit_view(tokens, 30, heads, names, [0, 10, 20], n_edges=400)

@@ -1,5 +1,7 @@
 """IterD against the published vectors, a slow float64 loop, planted blocks and scikit-learn's battery."""
 
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -402,3 +404,15 @@ def test_estimator_checks(estimator, check):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check(estimator)
+
+
+def test_torch_keeps_its_number_of_threads():
+    """In a process of its own: numba starts its threads once."""
+    code = (
+        "import numpy as np, torch; torch.set_num_threads(1)\n"
+        "from tl_modules import IterD\n"
+        "X = np.random.default_rng(0).random((40, 30_000), dtype=np.float32)\n"
+        "IterD(2, n_init=1, n_kicks=0, random_state=0).fit(X); print(torch.get_num_threads())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert run.stdout.split()[-1] == "1"

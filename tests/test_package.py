@@ -31,21 +31,25 @@ ROOMS = [
     *("attribution.direct", "attribution.direct_parts", "attribution.logit"),
     *("attribution.head_sources", "attribution.promotes"),
     *("attribution.frozen", "attribution.graph_nodes", "attribution.logit_nodes", "attribution.pruning"),
-    *("attribution.graph_json", "attribution.local_graph", "attribution.replacement"),
+    *("attribution.graph_json", "attribution.graph", "attribution.replacement"),
     *("attribution.direct_edges", "attribution.transcoders", "attribution.paths"),
     *("attribution._lens", "attribution._increase", "attribution._sublayers", "attribution._parts"),
     *("attribution._question", "attribution.logprob", "attribution.rankings"),
     *("attribution._subkeys", "attribution._value_neurons", "attribution.queries"),
     *("attribution",),
     *("circuits.points", "circuits.edges", "circuits.nodes", "circuits.weights", "circuits.asked"),
-    *("circuits.numbers", "circuits.attention", "circuits.export", "circuits.view"),
+    *("circuits.numbers", "circuits.attention", "circuits.export", "circuits.pictures", "circuits.view"),
     *("circuits.verify", "circuits.build"),
     *("circuits.profile", "circuits"),
-    *("viz.figure", "viz.panels", "viz.sweep", "viz.hierarchy", "viz.html", "viz.report", "viz"),
+    *("viz.figure", "viz.panels", "viz.sweep", "viz.hierarchy", "viz.html", "viz.report"),
+    *("viz.circuit_layout", "viz.circuit_drawing", "viz.circuit_graph", "viz.circuit_plotly"),
+    *("viz.attention", "viz.circuit_panels", "viz"),
     *("demo", "demo_features", "prompt_files", "cli", "__main__"),
 ]
 DRAWN_BY_METHODS = {("module", "viz"), ("modules", "viz"), ("sweep", "viz"), ("hierarchy", "viz")}
-"""`plot` and `report` hand themselves to the room that draws."""
+DRAWN_BY_METHODS |= {("circuits.pictures", "viz"), ("circuits.pictures", "viz.circuit_panels")}
+DRAWN_BY_METHODS |= {("circuits.view", "circuits.verify"), ("circuits.pictures", "viz.circuit_plotly")}
+"""`plot`, `report` and `verify` hand themselves to the room that does it."""
 
 
 def room(path: Path) -> str:

@@ -7,13 +7,14 @@ import torch
 
 pytest.importorskip("sae_lens")
 
+from labelled import scattered
 from tiny_models import ALL_MODELS, D_MODEL, HOOKED_MODELS, N_LAYERS, attention_only, gpt2_like
 from tiny_saes import TRANSCODERS, tiny_sae
 
 from tl_modules._checks import HookNameError, InputError, UnsupportedModelError
 from tl_modules._hooks import has_foreign_hooks
 from tl_modules.attribution.frozen import FrozenPrompt
-from tl_modules.attribution.local_graph import LocalGraph
+from tl_modules.attribution.graph import LocalGraph
 from tl_modules.attribution.logit_nodes import salient
 from tl_modules.attribution.replacement import local_graph
 from tl_modules.features import FeatureBasis
@@ -575,3 +576,20 @@ def test_json_of_a_graph(tmp_path):
     assert group[0] == "mine"
     assert set(group[1:]) == ids & kept
     assert len(group) > 2
+
+
+def test_modules_are_supernodes(tmp_path):
+    model, basis = next(iter(ALL_MODELS.values()))(), transcoders()
+    modules = scattered(model, basis)
+    graph = graph_of(model, basis)
+    path = graph.to_json(tmp_path / "graph.json", slug="tiny", supernodes=modules, node_threshold=1.0)
+    document = json.loads(path.read_text(encoding="utf-8"))
+    units = modules.units.set_index(["layer", "index"]).index
+    for label, *members in document["qParams"]["supernodes"]:
+        for member in members:
+            layer, index, _ = map(int, member.split("_"))
+            assert modules.unit_labels[units.get_loc((layer, index))] == int(label.split()[0])
+    drawn = sum(len(group) - 1 for group in document["qParams"]["supernodes"])
+    features = [node for node in document["nodes"] if node["feature_type"] == "cross layer transcoder"]
+    labels = [tuple(map(int, node["node_id"].split("_")[:2])) for node in features]
+    assert drawn == sum(modules.unit_labels[units.get_loc(place)] >= 0 for place in labels) > 0

@@ -13,25 +13,24 @@ from tl_modules._version import __version__
 if TYPE_CHECKING:
     from tl_modules._checks import TLModulesError
     from tl_modules.activations import UnitActivations
-    from tl_modules.baselines import BASELINES
     from tl_modules.bases import HeadBasis, NeuronBasis
+    from tl_modules.circuits.build import circuit
+    from tl_modules.circuits.profile import circuit_profile
     from tl_modules.collection import collect
     from tl_modules.demo import load_demo_model, load_demo_prompts
     from tl_modules.demo_features import load_demo_features
     from tl_modules.evaluate import compare_methods, predict_categories, stability
     from tl_modules.features import FeatureBasis
     from tl_modules.find import find_modules
-    from tl_modules.hierarchy import nested_modules, split_table
     from tl_modules.hooked import HookedModuleTransformer, ModuleTransformerBridge
+    from tl_modules.interventions import ablate, steer
     from tl_modules.iterd import IterD
     from tl_modules.module import Module
     from tl_modules.modules import Modules
-    from tl_modules.null import null_distribution
     from tl_modules.sites import Basis
     from tl_modules.sweep import sweep_modules
 
 _ROOM_OF = {
-    "BASELINES": "baselines",
     "Basis": "sites",
     "FeatureBasis": "features",
     "HeadBasis": "bases",
@@ -43,22 +42,22 @@ _ROOM_OF = {
     "NeuronBasis": "bases",
     "TLModulesError": "_checks",
     "UnitActivations": "activations",
+    "ablate": "interventions",
+    "circuit": "circuits.build",
+    "circuit_profile": "circuits.profile",
     "collect": "collection",
     "compare_methods": "evaluate",
     "find_modules": "find",
     "load_demo_features": "demo_features",
     "load_demo_model": "demo",
     "load_demo_prompts": "demo",
-    "nested_modules": "hierarchy",
-    "null_distribution": "null",
     "predict_categories": "evaluate",
-    "split_table": "hierarchy",
     "stability": "evaluate",
+    "steer": "interventions",
     "sweep_modules": "sweep",
 }
 
 __all__ = [
-    "BASELINES",
     "Basis",
     "FeatureBasis",
     "HeadBasis",
@@ -71,17 +70,18 @@ __all__ = [
     "TLModulesError",
     "UnitActivations",
     "__version__",
+    "ablate",
+    "circuit",
+    "circuit_profile",
     "collect",
     "compare_methods",
     "find_modules",
     "load_demo_features",
     "load_demo_model",
     "load_demo_prompts",
-    "nested_modules",
-    "null_distribution",
     "predict_categories",
-    "split_table",
     "stability",
+    "steer",
     "sweep_modules",
 ]
 

@@ -6,6 +6,7 @@ unit out. Sources: the ULCMOD paper (arXiv 2603.17823), section on IterD.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,13 +20,21 @@ _FEWEST_CELLS_TO_SHARE = 1_000_000
 
 @contextmanager
 def threads_for(n_cells: int) -> Iterator[None]:
-    """One thread for a small matrix: waking the others would cost more than the work."""
+    """One thread for a small matrix: waking the others would cost more than the work.
+
+    Numba and torch may share one OpenMP library, in which numba sets the number of threads for both: torch's
+    is as before afterwards.
+    """
+    torch = sys.modules.get("torch")
+    of_torch = None if torch is None else torch.get_num_threads()
     before = get_num_threads()
     set_num_threads(before if n_cells >= _FEWEST_CELLS_TO_SHARE else 1)
     try:
         yield
     finally:
         set_num_threads(before)
+        if torch is not None and torch.get_num_threads() != of_torch:
+            torch.set_num_threads(of_torch)
 
 
 @njit(cache=True, parallel=True)

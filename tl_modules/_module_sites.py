@@ -6,14 +6,14 @@ from typing import Any
 
 from tl_modules._checks import refuse
 from tl_modules._module_facts import check_same_units
+from tl_modules._tables import ModuleTables
 from tl_modules.bases import HeadBasis, NeuronBasis
-from tl_modules.modules import Modules
 from tl_modules.sites import Basis, CompositeBasis, LayerBasis, Site, units_of
 
 _OWN_BASES: dict[str, type[LayerBasis]] = {"neuron": NeuronBasis, "head": HeadBasis}
 
 
-def matching_sites(model: Any, modules: Modules, basis: Basis | None) -> list[Site]:
+def matching_sites(model: Any, modules: ModuleTables, basis: Basis | None) -> list[Site]:
     """The sites of the units that were decomposed, in the order of their labels.
 
     Args:
@@ -30,7 +30,7 @@ def matching_sites(model: Any, modules: Modules, basis: Basis | None) -> list[Si
     return sites
 
 
-def _basis_of(modules: Modules) -> Basis:
+def _basis_of(modules: ModuleTables) -> Basis:
     kinds = list(dict.fromkeys(modules.units["kind"]))
     if not set(kinds) <= set(_OWN_BASES):
         cure = "Give the basis that the activations were collected with."

@@ -26,6 +26,8 @@ from tl_modules.attribution.record import EMBEDDED, Activations, Recorded, recor
 from tl_modules.attribution.scores import Scores
 from tl_modules.attribution.sources import read_sources
 from tl_modules.attribution.targets import Answer, make_target
+from tl_modules.bases import as_basis
+from tl_modules.module import Module
 from tl_modules.modules import Modules
 from tl_modules.sites import Basis, Site
 from tl_modules.unit_values import read_components
@@ -60,7 +62,7 @@ def gradient_scores(
     answer: Answer | None = None,
     *,
     wrong: Answer | None = None,
-    target: str = "logprob",
+    target: str | Module = "logprob",
     method: Method = "two_point",
     corrupted: Any = None,
     basis: str | Basis | None = "neurons",
@@ -90,7 +92,8 @@ def gradient_scores(
         prompts: one text, or anything that `collect` takes.
         answer: the token to explain, as text (with its leading space) or id; a list has one for each prompt.
         wrong: the token to compare with, for target="logit_difference".
-        target: "logprob", "logit" or "logit_difference" of the answer at the last position, or "loss".
+        target: "logprob", "logit" or "logit_difference" of the answer at the last position, or "loss"; or a
+            module, `modules[k]`, for the mean |value| of its units at the last position.
         method: see above.
         corrupted: prompts with as many tokens each, for attribution patching and integrated gradients.
         basis: units to score, "neurons" or a `Basis`; None for none. Heads are scored always.
@@ -113,12 +116,15 @@ def gradient_scores(
     prepend_bos = basis.prepend_bos if isinstance(basis, Basis) else None
     batches = read_batches(model, prompts, batch_tokens=batch_tokens, prepend_bos=prepend_bos)
     others = paired_batches(model, corrupted, batches, batch_tokens, prepend_bos)
-    wanted = make_target(model, sum(len(batch.rows) for batch in batches), answer, wrong=wrong, kind=target)
-    run = partial(record, model, hook_names=sources.hook_names, objective=wanted.values)
+    n_prompts, own = sum(len(batch.rows) for batch in batches), as_basis(basis) if basis else None
+    wanted = make_target(model, n_prompts, answer, wrong=wrong, kind=target, basis=own)
+    names = [*sources.hook_names, *wanted.hook_names]
+    run = partial(record, model, hook_names=names, objective=wanted.values)
     parts = []
     for batch, other in zip(batches, others, strict=True):
         path = _WAYS[method](run, batch, other, n_steps, sources.heads)
-        blocks = sources.blocks(path.embedding(batch), path.unit_scores, by_position=by_position)
+        with torch.no_grad():
+            blocks = sources.blocks(path.embedding(batch), path.unit_scores, by_position=by_position)
         labels = tuple(wanted.labels[row] for row in batch.rows)
         parts.append(Scores(method, labels, batch.lengths, tuple(blocks), by_position, path.of_prompt(batch)))
     return Scores.joined(parts).reordered(order_of(batches))

@@ -92,7 +92,7 @@ def head_source_scores(
     return Scores.joined([_of_batch(model, batch, wanted) for batch in bar]).reordered(order_of(batches))
 
 
-def _of_batch(model: Any, batch: PromptBatch, wanted: Target) -> Scores:
+def _of_batch(model: Any, batch: PromptBatch, wanted: Target | ModuleTarget) -> Scores:
     layers = range(model.cfg.n_layers)
     also: dict[str, Callable[[Tensor], Tensor]] = {}
     for layer in layers:

@@ -27,7 +27,7 @@ class Sources:
 
     heads: list[Site]
     sites: list[Site]
-    modules: list[Int[np.ndarray, " unit"]] | None
+    modules: list[Int[np.ndarray, " _"]] | None
     """For each of `sites`, the module of each unit, -1 for none; None to score units alone."""
     n_modules: int = 0
 
@@ -42,11 +42,13 @@ class Sources:
     ) -> list[Block]:
         """Scores of everything, from a function that scores the units of one site."""
         found = [Block("embedding", -1, embedding[..., None])]
+        scored = {site.hook_name for site in self.heads}
         for site in self.heads:
             found.append(Block("head", site.layer, unit_scores(site)))
         for index, site in enumerate(self.sites):
             scores = unit_scores(site)
-            found.append(Block(site.kind, site.layer, scores, site.name))
+            if site.hook_name not in scored or site.kind != "head":
+                found.append(Block(site.kind, site.layer, scores, site.name))
             if self.modules is not None:
                 found.extend(self._summed(index, scores))
         if by_position:

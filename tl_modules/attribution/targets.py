@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -12,8 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_modules._checks import check_choice, refuse
+from tl_modules._module_sites import matching_sites
 from tl_modules.attribution.read import PromptBatch
 from tl_modules.host import describe, tokenizer_of
+from tl_modules.module import Module
+from tl_modules.sites import Basis, Site
 
 Answer = str | int | Sequence[str | int]
 """One token for all prompts, as text or as an id, or one for each."""
@@ -32,6 +35,8 @@ class Target:
     """The other token of a logit difference; empty for other kinds."""
     labels: tuple[str, ...]
     """What the target is called in tables, for each prompt."""
+    hook_names: tuple[str, ...] = ()
+    """Which activations it is read from: none."""
 
     def values(
         self,
@@ -52,14 +57,50 @@ class Target:
         return last[rows, answers] - last[rows, _ids(self.wrong, batch, logits)]
 
 
+@dataclass(frozen=True)
+class ModuleTarget:
+    """How active a module is at the last position: the mean |value| of its units."""
+
+    parts: list[tuple[Site, Int[np.ndarray, " _"]]]
+    """Where its units are: sites, and the units of each."""
+    labels: tuple[str, ...]
+    """The module's number and name, for each prompt."""
+    answers: Int[np.ndarray, " _"] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Empty: it asks for no token."""
+    wrong: Int[np.ndarray, " _"] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Empty."""
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """Which activations it is read from."""
+        return tuple(dict.fromkeys(site.hook_name for site, _ in self.parts))
+
+    def values(
+        self, _logits: Tensor, batch: PromptBatch, activations: dict[str, Tensor]
+    ) -> Float[Tensor, " batch"]:
+        """The target of each prompt of a batch; differentiable."""
+        sums = []
+        for site, units in self.parts:
+            values = site.values(activations[site.hook_name])
+            rows = torch.arange(len(batch.rows), device=values.device)
+            last = values[rows, batch.last.to(values.device)]
+            sums.append(last[:, torch.as_tensor(units, device=values.device)].float().abs().sum(1))
+        return torch.stack([one.to(sums[0].device) for one in sums]).sum(0) / self._n_units
+
+    @property
+    def _n_units(self) -> int:
+        return sum(len(units) for _, units in self.parts)
+
+
 def make_target(
     model: Any,
     n_prompts: int,
     answer: Answer | None,
     *,
     wrong: Answer | None = None,
-    kind: str = "logprob",
-) -> Target:
+    kind: str | Module = "logprob",
+    basis: Basis | None = None,
+) -> Target | ModuleTarget:
     """Read what the user wants explained.
 
     Args:
@@ -68,16 +109,19 @@ def make_target(
         answer: the token to explain, as text (with its leading space) or id; a list has one for each prompt.
         wrong: the token to compare with, for "logit_difference".
         kind: "logprob", "logit" or "logit_difference" of the answer at the last position, or "loss", the mean
-            loss over the prompt's own tokens, which takes no answer.
+            loss over the prompt's own tokens, which takes no answer; or a module, for its activity.
+        basis: of the module's units, where they are features.
 
     Raises:
         InputError: an answer of several tokens (the message shows them), none where one is needed, a list of
             another length than the prompts', or an id outside the vocabulary.
     """
+    if isinstance(kind, Module):
+        _check_no_answer(answer, wrong, "the target is a module")
+        return _module_target(model, n_prompts, kind, basis)
     check_choice("target", kind, KINDS)
     if kind == "loss":
-        if answer is not None:
-            refuse("answer", got=repr(answer), want="None: the loss is over the prompt's own tokens")
+        _check_no_answer(answer, wrong, "the loss is over the prompt's own tokens")
         none = np.zeros(0, np.int64)
         return Target("loss", none, none, ("loss",) * n_prompts)
     answers = token_ids(model, n_prompts, answer, argument="answer")
@@ -90,6 +134,22 @@ def make_target(
     if needs_wrong:
         names = [f"{a} - {_shown(model, int(b))}" for a, b in zip(names, others, strict=True)]
     return Target(kind, answers, others, tuple(f"{kind}({name})" for name in names))  # type: ignore[arg-type]
+
+
+def _check_no_answer(answer: Answer | None, wrong: Answer | None, why: str) -> None:
+    for name, given in (("answer", answer), ("wrong", wrong)):
+        if given is not None:
+            refuse(name, got=repr(given), want=f"None: {why}")
+
+
+def _module_target(model: Any, n_prompts: int, module: Module, basis: Basis | None) -> ModuleTarget:
+    modules = module.modules
+    own = set(modules.units["kind"]) <= {"neuron", "head"}
+    sites = matching_sites(model, modules, None if own else basis)
+    ends = np.cumsum([site.n_units for site in sites])[:-1]
+    units = [np.flatnonzero(labels == module.index) for labels in np.split(modules.unit_labels, ends)]
+    parts = [(site, found) for site, found in zip(sites, units, strict=True) if len(found)]
+    return ModuleTarget(parts, (f"module({module.index} {module.name})",) * n_prompts)
 
 
 def token_ids(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tl_modules.attribution.gradient import Method, gradient_scores, paired_batches
 from tl_modules.attribution.read import PromptBatch, read_batches
 from tl_modules.attribution.scores import Scores
-from tl_modules.attribution.targets import Answer, Target, make_target
+from tl_modules.attribution.targets import Answer, ModuleTarget, Target, make_target
+from tl_modules.module import Module
 from tl_modules.modules import Modules
 from tl_modules.sites import Basis
 
@@ -19,31 +21,40 @@ class Asked:
     """The arguments of `circuit` that decide what is scored."""
 
     model: Any
+    prompts: list[Any]
     modules: Modules
     basis: Basis | None
     answer: Answer | None
     wrong: Answer | None
-    target: str
+    target: str | Module
     corrupted: Any
     method: Method
     batch_tokens: int
 
-    def batches(self, prompts: Any) -> tuple[list[PromptBatch], Sequence[PromptBatch | None]]:
+    def batches(self) -> tuple[list[PromptBatch], Sequence[PromptBatch | None]]:
         """The prompts as batches, and the corrupted ones likewise."""
         prepend = None if self.basis is None else self.basis.prepend_bos
-        batches = read_batches(self.model, prompts, batch_tokens=self.batch_tokens, prepend_bos=prepend)
+        batches = read_batches(self.model, self.prompts, batch_tokens=self.batch_tokens, prepend_bos=prepend)
         others = paired_batches(self.model, self.corrupted, batches, self.batch_tokens, prepend)
         return batches, others
 
-    def target_of(self, n_prompts: int) -> Target:
-        """The target of so many prompts."""
-        return make_target(self.model, n_prompts, self.answer, wrong=self.wrong, kind=self.target)
+    @cached_property
+    def wanted(self) -> Target | ModuleTarget:
+        """What is explained, of each prompt."""
+        return make_target(
+            self.model, len(self.prompts), self.answer, wrong=self.wrong, kind=self.target, basis=self.basis
+        )
 
-    def scores(self, prompts: Any) -> Scores:
-        """Scores of all heads, units and modules."""
+    @property
+    def target_name(self) -> str:
+        """The kind of target."""
+        return self.target if isinstance(self.target, str) else "module"
+
+    def scores(self) -> Scores:
+        """Scores of all heads, units and modules; of one prompt by position."""
         return gradient_scores(
             self.model,
-            prompts,
+            self.prompts,
             self.answer,
             wrong=self.wrong,
             target=self.target,
@@ -51,5 +62,6 @@ class Asked:
             corrupted=self.corrupted,
             basis=self.basis,
             modules=self.modules,
+            by_position=len(self.prompts) == 1,
             batch_tokens=self.batch_tokens,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,28 +11,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_modules.circuits.edges import edges_of
+from tl_modules.circuits.numbers import CircuitNumbers
 from tl_modules.host import forward, hooked
 from tl_modules.unit_values import read_components
 
-if TYPE_CHECKING:
-    from tl_modules.circuits.view import CircuitView
 
-
-def attention_table(view: CircuitView, module: int, n_heads: int) -> pd.DataFrame:
-    """For the heads that feed a module most: how much comes from each source token."""
-    view.one_prompt()
-    asked, plan = view.asked, view.plan
-    (batch,), (other,) = asked.batches(view.texts)
+def attention_table(numbers: CircuitNumbers, module: int, heads: pd.DataFrame) -> pd.DataFrame:
+    """For some heads that feed a module, rows with layer and head: how much comes from each source token."""
+    numbers.one_prompt()
+    asked, plan = numbers.asked, numbers.plan
+    (batch,), (other,) = asked.batches()
     width = len(plan.names) + 1
     first = 1 + len(plan.heads)
     own = [first + band * width + module for band in range(len(plan.starts))]
-    edges = edges_of(asked.model, batch, view.wanted, asked.target_of(1).values, other, watched=own)
-    best = view.heads[view.heads["module"] == module].head(n_heads)
-    layers = sorted(set(best["layer"]))
+    edges = edges_of(asked.model, batch, numbers.wanted, asked.wanted, other, watched=own)
+    layers = sorted(set(heads["layer"]))
     seen = _activations(asked.model, batch.tokens, [n for layer in layers for n in _names(layer)])
     terms = {layer: _terms(edges.slopes[layer][0], *(seen[n][0] for n in _names(layer))) for layer in layers}
     rows = []
-    for layer, head in zip(best["layer"], best["head"], strict=True):
+    for layer, head in zip(heads["layer"], heads["head"], strict=True):
         pattern = seen[_names(layer)[0]][0, head, len(plan.tokens) - 1]
         for pos, token in enumerate(plan.tokens):
             score = float(terms[layer][pos, head])
@@ -48,7 +45,7 @@ def _names(layer: int) -> list[str]:
 def _terms(
     slopes: Float[Tensor, "query head d_head"],
     pattern: Float[Tensor, "head query key"],
-    values: Float[Tensor, key * site],
+    values: Float[Tensor, "key ..."],
 ) -> Float[Tensor, "key head"]:
     """A head's z is its pattern times its values: the part of each source token."""
     by_head = values.reshape(len(values), -1, slopes.shape[2])
@@ -56,24 +53,26 @@ def _terms(
     return torch.einsum("hqk,khd,qhd->kh", pattern.to(slopes), by_head.to(slopes), slopes)
 
 
-def head_pattern(view: CircuitView, layer: int, head: int) -> Float[np.ndarray, "query key"]:
-    """The attention pattern of a head on the one prompt of a view."""
-    view.one_prompt()
-    (batch,), _ = view.asked.batches(view.texts)
+def head_pattern(numbers: CircuitNumbers, layer: int, head: int) -> Float[np.ndarray, "query key"]:
+    """The attention pattern of a head on the one prompt."""
+    numbers.one_prompt()
+    (batch,), _ = numbers.asked.batches()
     name = _names(layer)[0]
-    return _activations(view.asked.model, batch.tokens, [name])[name][0, head].float().cpu().numpy()
+    return _activations(numbers.asked.model, batch.tokens, [name])[name][0, head].float().cpu().numpy()
 
 
-def values_by_position(view: CircuitView, module: int) -> Float[np.ndarray, " pos"]:
+def values_by_position(numbers: CircuitNumbers, module: int) -> Float[np.ndarray, " pos"]:
     """Mean |value| of a module's units at each position of the one prompt."""
-    view.one_prompt()
-    (batch,), _ = view.asked.batches(view.texts)
-    places = view.wanted.places
-    seen = _activations(view.asked.model, batch.tokens, [place.site.hook_name for place in places])
+    numbers.one_prompt()
+    (batch,), _ = numbers.asked.batches()
+    places = numbers.wanted.places
+    seen = _activations(numbers.asked.model, batch.tokens, [place.site.hook_name for place in places])
     total, n_units = np.zeros(batch.tokens.shape[1]), 0
-    for place, labels in zip(places, view.module_labels(), strict=True):
+    for place, labels in zip(places, numbers.module_labels(), strict=True):
         own = torch.as_tensor(labels == module)
-        values = read_components(place.site, seen[place.site.hook_name])[0, :, own.to(batch.tokens.device), 0]
+        with torch.no_grad():
+            found = read_components(place.site, seen[place.site.hook_name])
+        values = found[0, :, own.to(found.device), 0]
         total += values.abs().sum(1).double().cpu().numpy()
         n_units += int(own.sum())
     return total / max(n_units, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from tl_modules.circuits.edges import Edges, Wanted, edges_of
 from tl_modules.circuits.nodes import Plan
 from tl_modules.circuits.points import Place, place_of
 from tl_modules.circuits.view import CircuitView
+from tl_modules.module import Module
 from tl_modules.modules import Modules
 from tl_modules.prompts import read_prompts
 from tl_modules.sites import Basis
@@ -33,7 +34,7 @@ def circuit(
     answer: Answer | None = None,
     *,
     wrong: Answer | None = None,
-    target: str = "logprob",
+    target: str | Module = "logprob",
     corrupted: Any = None,
     method: Method = "two_point",
     basis: Basis | None = None,
@@ -56,7 +57,8 @@ def circuit(
             errors and the share of prompts that agree in sign.
         answer: the token to explain, as text (with its leading space) or id; a list has one for each prompt.
         wrong: the token to compare with, for target="logit_difference".
-        target: "logprob", "logit" or "logit_difference" of the answer at the last position, or "loss".
+        target: "logprob", "logit" or "logit_difference" of the answer at the last position, or "loss"; or a
+            module, `modules[k]`, for the mean |value| of its units at the last position.
         corrupted: prompts with as many tokens each, to compare activations with; None compares with zero.
         method: how nodes are scored, see `gradient_scores`.
         basis: the basis that the modules were found on; None where all units are neurons or heads.
@@ -70,11 +72,14 @@ def circuit(
     """
     check_integer("n_heads", n_heads, least=0)
     starts = _band_starts(bands, model.cfg.n_layers)
-    asked = Asked(model, modules, basis, answer, wrong, target, corrupted, method, batch_tokens)
+    given = [prompts] if isinstance(prompts, str) else read_prompts(prompts).items
+    corrupted = [corrupted] if isinstance(corrupted, str) else corrupted
+    corrupted = None if corrupted is None else read_prompts(corrupted).items
+    asked = Asked(model, given, modules, basis, answer, wrong, target, corrupted, method, batch_tokens)
     places, labels = _places(model, modules, basis)
-    batches, others = asked.batches(prompts)
-    scores = asked.scores(prompts)
-    heads = _top_heads(scores.tensor("head")[:, :, 0].mean(0), n_heads)
+    batches, others = asked.batches()
+    scores = asked.scores()
+    heads = _top_heads(scores.tensor("head").sum(2).mean(0), n_heads)
     tokens = _token_texts(model, batches[0].tokens[0].tolist()) if len(scores.targets) == 1 else []
     plan = Plan(starts, model.cfg.n_layers, list(modules.names), heads, tokens)
     groups = [
@@ -82,12 +87,11 @@ def circuit(
         for place, own in zip(places, labels, strict=True)
     ]
     wanted = Wanted(places, groups, plan.n_groups, heads)
-    objective = asked.target_of(len(scores.targets)).values
     pairs = list(zip(batches, others, strict=True))
     bar = tqdm(pairs, desc="Edges", unit="batch", disable=len(pairs) == 1)
-    parts = [edges_of(model, batch, wanted, objective, other) for batch, other in bar]
+    parts = [edges_of(model, batch, wanted, asked.wanted, other) for batch, other in bar]
     edges = Edges.joined(parts).reordered(order_of(batches))
-    return CircuitView(asked, list(_texts(prompts)), plan, wanted, edges, scores)
+    return CircuitView(asked, [_text(model, prompt) for prompt in given], plan, wanted, edges, scores)
 
 
 def _band_starts(bands: int | Sequence[int], n_layers: int) -> list[int]:
@@ -123,7 +127,9 @@ def _token_texts(model: Any, tokens: list[int]) -> list[str]:
     return [str(token) if tokenizer is None else tokenizer.decode([token]) for token in tokens]
 
 
-def _texts(prompts: Any) -> Iterable[str]:
-    if isinstance(prompts, str):
-        return [prompts]
-    return [str(prompt) for prompt in read_prompts(prompts).items]
+def _text(model: Any, prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt[0], int):
+        return "".join(_token_texts(model, list(prompt)))
+    return "\n".join(message["content"] for message in prompt)

@@ -3,14 +3,15 @@
 The edge from A to B is A's write times the gradient of the target through B's own input, so that the edges
 that leave a node add up to the node's score. All edges of a batch come from one forward pass: going from the
 last layer to the first, the gradients that arrive by each receiver are kept side by side, and every layer's
-units and heads are multiplied with all of them at once.
+units and heads are multiplied with all of them at once. Features of the residual stream itself stand between
+what comes before and after: receivers beyond hear by way of them, and directly only what they leave out.
 
 Source: edge attribution patching, Syed et al. 2023 (arXiv 2310.10348).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from tl_modules.attribution.components import component_gradients
 from tl_modules.attribution.read import PromptBatch
-from tl_modules.attribution.record import EMBEDDED, Activations, Objective, record, running
+from tl_modules.attribution.record import EMBEDDED, Activations, record, running
+from tl_modules.attribution.targets import ModuleTarget, Target
 from tl_modules.bases import HeadBasis
 from tl_modules.circuits.points import ATTENTION as _ATTENTION
 from tl_modules.circuits.points import MLP as _MLP
@@ -41,7 +43,7 @@ class Wanted:
     """Which nodes there are: heads that hear, and groups of units by site."""
 
     places: list[Place]
-    groups: list[Int[Tensor, " unit"]]
+    groups: list[Int[Tensor, " _"]]
     """For each place, the group (a module in a band of layers) of each unit."""
     n_groups: int
     heads: list[tuple[int, int]]
@@ -56,14 +58,16 @@ class Edges:
     heads: Float[Tensor, "receiver batch layer head"]
     groups: Float[Tensor, "receiver batch group"]
     errors: Float[Tensor, "receiver batch layer"]
-    """What attention and MLP write beyond heads and units: biases, and what features do not explain."""
+    """What attention and MLP write beyond heads and units: biases, and what features there do not explain."""
     value: Float[Tensor, " batch"]
     """The target."""
-    unit_scores: list[Float[Tensor, "batch unit"]]
+    unit_scores: list[Float[Tensor, "batch _"]]
     """The score of each unit, by place."""
-    unit_values: list[Float[Tensor, "batch unit"]]
+    unit_values: list[Float[Tensor, "batch _"]]
     """Its value at the last position."""
     head_scores: Float[Tensor, "batch layer head"]
+    embedding_scores: Float[Tensor, "batch pos"]
+    error_scores: Float[Tensor, "batch layer"]
     slopes: dict[int, Float[Tensor, "batch pos head d_head"]] = field(default_factory=dict)
     """By layer, the gradient with respect to z by way of the watched receivers only."""
 
@@ -71,9 +75,12 @@ class Edges:
     def joined(parts: Sequence[Edges]) -> Edges:
         """Those of several batches as one; positions are padded to the longest."""
         width = max(part.embedding.shape[2] for part in parts)
-        embedding = [F.pad(part.embedding, (0, width - part.embedding.shape[2])) for part in parts]
+
+        def wide(embedding: Tensor) -> Tensor:
+            return F.pad(embedding, (0, width - embedding.shape[-1]))
+
         return Edges(
-            embedding=torch.cat(embedding, 1),
+            embedding=torch.cat([wide(part.embedding) for part in parts], 1),
             heads=torch.cat([part.heads for part in parts], 1),
             groups=torch.cat([part.groups for part in parts], 1),
             errors=torch.cat([part.errors for part in parts], 1),
@@ -81,6 +88,8 @@ class Edges:
             unit_scores=[torch.cat(some) for some in zip(*(p.unit_scores for p in parts), strict=True)],
             unit_values=[torch.cat(some) for some in zip(*(p.unit_values for p in parts), strict=True)],
             head_scores=torch.cat([part.head_scores for part in parts]),
+            embedding_scores=torch.cat([wide(part.embedding_scores) for part in parts]),
+            error_scores=torch.cat([part.error_scores for part in parts]),
         )
 
     def reordered(self, order: list[int]) -> Edges:
@@ -94,6 +103,8 @@ class Edges:
             [scores[order] for scores in self.unit_scores],
             [values[order] for values in self.unit_values],
             self.head_scores[order],
+            self.embedding_scores[order],
+            self.error_scores[order],
         )
 
 
@@ -101,7 +112,7 @@ def edges_of(
     model: Any,
     batch: PromptBatch,
     wanted: Wanted,
-    objective: Objective,
+    target: Target | ModuleTarget,
     other: PromptBatch | None = None,
     watched: Sequence[int] = (),
 ) -> Edges:
@@ -111,13 +122,13 @@ def edges_of(
         model: a HookedTransformer or TransformerBridge.
         batch: right-padded prompts.
         wanted: the nodes.
-        objective: the target.
+        target: what is explained.
         other: corrupted prompts; writes are then the difference from these, gradients as before.
         watched: receivers for which `Edges.slopes` is filled.
     """
-    names = _hook_names(model, wanted)
-    start = None if other is None else record(model, other, names, objective).activations
-    with running(model, batch, names, objective) as (value, kept):
+    names = [*_hook_names(model, wanted), *target.hook_names]
+    start = None if other is None else record(model, other, names, target.values).activations
+    with running(model, batch, names, target.values) as (value, kept):
         return _Sweep(model, batch, wanted, value, kept, start, watched).run()
 
 
@@ -173,6 +184,8 @@ class _Sweep:
                     sent = self._sent(place)
                     groups.index_add_(2, self.wanted.groups[i], sent)
                     errors[..., layer] -= sent.sum(-1) if place.stage == _MLP else 0
+                    if place.stage % 2 == 0:
+                        self._stand_between(place)
                 if _ATTENTION in stages:
                     self._watch(layer)
                     heads[layer] = self._sent(self.heads[layer])
@@ -180,18 +193,37 @@ class _Sweep:
                 if _MLP in stages:
                     errors[..., layer] += self._whole(layer, "hook_mlp_out")
                 self._receive_all(layer, stages)
-        embedding = torch.einsum("rbpd,bpd->rbp", self.arriving, self._written(EMBEDDED)) * self.real
+        heads_scores = torch.stack([self._unit_scores(place) for place in self.heads], 1)
+        unit_scores = [self._unit_scores(place) for place in places]
         return Edges(
-            embedding,
+            self._embedding(self.arriving),
             torch.stack(heads, 2),
             groups,
             errors,
             self.value.detach(),
-            [self._unit_scores(place) for place in places],
+            unit_scores,
             [self._last_values(place) for place in places],
-            torch.stack([self._unit_scores(place) for place in self.heads], 1),
+            heads_scores,
+            self._embedding(self.gradients[EMBEDDED][None])[0],
+            self._error_scores(heads_scores, unit_scores),
             self.slopes,
         )
+
+    def _embedding(self, arriving: Arriving) -> Float[Tensor, "receiver batch pos"]:
+        return torch.einsum("rbpd,bpd->rbp", arriving, self._written(EMBEDDED)) * self.real
+
+    def _error_scores(
+        self, heads: Float[Tensor, "batch layer head"], units: list[Float[Tensor, "batch _"]]
+    ) -> Float[Tensor, "batch layer"]:
+        scores = -heads.sum(-1)
+        for layer in range(scores.shape[1]):
+            for name in (f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_mlp_out"):
+                if name in self.now:
+                    scores[:, layer] += (self._written(name) * self.gradients[name]).sum((1, 2))
+        for place, found in zip(self.wanted.places, units, strict=True):
+            if place.stage == _MLP:
+                scores[:, place.layer] -= found.sum(-1)
+        return scores
 
     def _watch(self, layer: int) -> None:
         if self.watched:
@@ -208,22 +240,31 @@ class _Sweep:
 
     def _sent(self, place: Place) -> Float[Tensor, "receiver batch unit"]:
         """What each unit's write amounts to for each receiver."""
+        change = self._change(place)
+        return torch.cat([torch.einsum("rbpuc,bpuc->rbu", own, change) for own in self._own(place)])
+
+    def _own(self, place: Place) -> Iterator[Float[Tensor, "receiver batch pos unit component"]]:
+        """The gradients that arrive, with respect to the units' values; some receivers at a time."""
         site = place.site
         values = read_components(site, self.now[site.hook_name])
-        sent = []
         for some in torch.split(self.arriving, max(1, _NUMBERS // values.numel())):
             slopes = some
             if place.out_name != site.write_name:
                 slopes = _pulled(self.kept[place.out_name], self.kept[site.write_name], some)
-            own = component_gradients(site, values, self.now[site.write_name], slopes)
-            sent.append(torch.einsum("rbpuc,bpuc->rbu", own, self._change(place)))
-        return torch.cat(sent)
+            yield component_gradients(site, values, self.now[site.write_name], slopes)
+
+    def _stand_between(self, place: Place) -> None:
+        """Features of the stream itself: what arrives through them is taken from what arrives directly."""
+        values = read_components(place.site, self.kept[place.site.hook_name])
+        heard = [_pulled(values, self.kept[place.read_name], own) for own in self._own(place)]
+        self.arriving = self.arriving - torch.cat(heard)
 
     def _change(self, place: Place) -> Components:
         """What the units' values are compared with: zero, or what they are on the corrupted prompts."""
         name = place.site.hook_name
-        values = read_components(place.site, self.now[name])
-        return values if self.start is None else values - read_components(place.site, self.start[name])
+        with torch.no_grad():
+            values = read_components(place.site, self.now[name])
+            return values if self.start is None else values - read_components(place.site, self.start[name])
 
     def _written(self, name: str) -> Tensor:
         return self.now[name] if self.start is None else self.now[name] - self.start[name]
@@ -263,7 +304,9 @@ class _Sweep:
 
     def _last_values(self, place: Place) -> Float[Tensor, "batch unit"]:
         rows = torch.arange(len(self.last), device=self.last.device)
-        return place.site.values(self.now[place.site.hook_name])[rows, self.last]
+        with torch.no_grad():
+            values = place.site.values(self.now[place.site.hook_name])
+        return values[rows.to(values.device), self.last.to(values.device)]
 
 
 def _steps(model: Any) -> list[set[int]]:

@@ -14,15 +14,15 @@ from torch import Tensor
 from tl_modules.attribution.graph_json import graph_document, write_graph
 from tl_modules.attribution.pruning import completeness_score, prune, replacement_score
 from tl_modules.circuits.edges import Edges, Wanted, edges_of
+from tl_modules.circuits.numbers import CircuitNumbers
 from tl_modules.circuits.points import Place
 
 if TYPE_CHECKING:
     import networkx as nx
 
-    from tl_modules.circuits.view import CircuitView
 
-_KINDS = {"embedding": "embedding", "error": "error", "target": "logit"}
-"""What pruning calls our kinds; all others are features to it."""
+_KINDS = {"embedding": "embedding", "error": "error", "other_heads": "error", "target": "logit"}
+"""What pruning calls our kinds; all others are features to it. No edge leads to the other heads."""
 
 
 def to_networkx(nodes: pd.DataFrame, edges: pd.DataFrame) -> nx.DiGraph:
@@ -41,7 +41,7 @@ def adjacency(nodes: pd.DataFrame, edges: pd.DataFrame) -> Float[Tensor, "node n
     place = pd.Series(np.arange(len(nodes)), index=nodes["id"])
     table = torch.zeros(len(nodes), len(nodes), dtype=torch.float64)
     rows, columns = place[edges["target"]].to_numpy(), place[edges["source"]].to_numpy()
-    table[torch.as_tensor(rows), torch.as_tensor(columns)] = torch.as_tensor(edges["score"].to_numpy())
+    table[torch.tensor(rows), torch.tensor(columns)] = torch.tensor(edges["score"].to_numpy())
     return table
 
 
@@ -53,13 +53,16 @@ def pruned(
     kept = prune(table, weights, kinds, node_threshold=node_threshold, edge_threshold=edge_threshold)
     place = pd.Series(np.arange(len(nodes)), index=nodes["id"])
     own = kept.edges[
-        torch.as_tensor(place[edges["target"]].to_numpy()), torch.as_tensor(place[edges["source"]].to_numpy())
+        torch.tensor(place[edges["target"]].to_numpy()), torch.tensor(place[edges["source"]].to_numpy())
     ].numpy()
     return nodes[kept.nodes.numpy()].reset_index(drop=True), edges[own].reset_index(drop=True)
 
 
 def graph_scores(nodes: pd.DataFrame, edges: pd.DataFrame) -> dict[str, float]:
-    """How much of the influence comes from tokens rather than from errors; see `replacement_score`."""
+    """How much of the influence comes from tokens rather than from errors; see `replacement_score`.
+
+    Heads without a node count as errors: nothing is followed through them.
+    """
     table, weights, kinds = _as_graph(nodes, edges)
     return {
         "replacement": replacement_score(table, weights, kinds),
@@ -76,7 +79,7 @@ def _as_graph(
 
 
 def write_json(
-    view: CircuitView,
+    numbers: CircuitNumbers,
     path: str | Path,
     *,
     slug: str,
@@ -87,7 +90,7 @@ def write_json(
     old_error_ids: bool,
 ) -> Path:
     """The graph of a view unit by unit, with modules as supernodes; see `CircuitView.to_json`."""
-    nodes, edges = unit_graph(view, n_units)
+    nodes, edges = unit_graph(numbers, n_units)
     rows = nodes.assign(id=np.arange(len(nodes)))
     table, weights, kinds = _as_graph(rows.assign(kind=rows["kind"].replace({"logit": "target"})), edges)
     kept = prune(table, weights, kinds, node_threshold=node_threshold, edge_threshold=edge_threshold)
@@ -104,17 +107,17 @@ def write_json(
     )
     groups = {
         f"{module} {name}": drawn.index[drawn["module"] == module].tolist()
-        for module, name in enumerate(view.plan.names)
+        for module, name in enumerate(numbers.plan.names)
         if (drawn["module"] == module).any()
     }
     document = graph_document(
         drawn,
         links,
         slug=slug,
-        scan=scan or str(getattr(view.asked.model.cfg, "model_name", "custom")),
-        prompt=view.one_prompt(),
-        prompt_tokens=view.tokens,
-        n_layers=view.plan.n_layers,
+        scan=scan or str(getattr(numbers.asked.model.cfg, "model_name", "custom")),
+        prompt=numbers.one_prompt(),
+        prompt_tokens=numbers.plan.tokens,
+        n_layers=numbers.plan.n_layers,
         node_threshold=node_threshold,
         supernodes=groups,
         old_error_ids=old_error_ids,
@@ -122,7 +125,7 @@ def write_json(
     return write_graph(path, document)
 
 
-def unit_graph(view: CircuitView, n_units: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def unit_graph(numbers: CircuitNumbers, n_units: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The units that matter most as nodes of their own, with heads, tokens and the target, for one prompt.
 
     Returns:
@@ -130,15 +133,15 @@ def unit_graph(view: CircuitView, n_units: int) -> tuple[pd.DataFrame, pd.DataFr
         last position, their scores are sums over positions. Edges with source, target (rows of nodes) and
         score. An error node of a layer holds what is not drawn: other heads and units, biases.
     """
-    view.one_prompt()
-    asked, plan = view.asked, view.plan
-    (batch,), (other,) = asked.batches(view.texts)
-    scores = torch.cat([found[0] for found in view.edges_by_prompt.unit_scores])
+    numbers.one_prompt()
+    asked, plan = numbers.asked, numbers.plan
+    (batch,), (other,) = asked.batches()
+    scores = torch.cat([found[0] for found in numbers.edges_by_prompt.unit_scores])
     best = set(scores.abs().topk(min(n_units, len(scores))).indices.tolist())
     groups: list[Tensor] = []
     units: list[tuple[Place, int, int]] = []
     start = 0
-    for place, labels in zip(view.wanted.places, view.module_labels(), strict=True):
+    for place, labels in zip(numbers.wanted.places, numbers.module_labels(), strict=True):
         group = torch.full((place.site.n_units,), -1)
         for unit in range(place.site.n_units):
             if start + unit in best:
@@ -148,46 +151,48 @@ def unit_graph(view: CircuitView, n_units: int) -> tuple[pd.DataFrame, pd.DataFr
         start += place.site.n_units
     groups = [
         torch.where(group >= 0, group, len(units) + place.layer)
-        for place, group in zip(view.wanted.places, groups, strict=True)
+        for place, group in zip(numbers.wanted.places, groups, strict=True)
     ]
-    wanted = Wanted(view.wanted.places, groups, len(units) + plan.n_layers, plan.heads)
-    edges = edges_of(asked.model, batch, wanted, asked.target_of(1).values, other)
-    return _unit_nodes(view, units, batch.tokens[0].tolist()), _unit_edges(view, edges, len(units))
+    wanted = Wanted(numbers.wanted.places, groups, len(units) + plan.n_layers, plan.heads)
+    edges = edges_of(asked.model, batch, wanted, asked.wanted, other)
+    return _unit_nodes(numbers, units, batch.tokens[0].tolist()), _unit_edges(numbers, edges, len(units))
 
 
-def _unit_nodes(view: CircuitView, units: list[tuple[Place, int, int]], tokens: list[int]) -> pd.DataFrame:
+def _unit_nodes(
+    numbers: CircuitNumbers, units: list[tuple[Place, int, int]], tokens: list[int]
+) -> pd.DataFrame:
     last = len(tokens) - 1
-    values = dict(zip(view.unit_table["label"], view.unit_table["value"], strict=True))
-    answer = int(view.asked.target_of(1).answers[0]) if view.asked.target != "loss" else -1
+    values = dict(zip(numbers.unit_table["label"], numbers.unit_table["value"], strict=True))
+    answer = next(iter(numbers.asked.wanted.answers.tolist()), -1)
     rows = [
-        ("embedding", -1, pos, token, view.tokens[pos], -1, np.nan, np.nan)
+        ("embedding", -1, pos, token, numbers.plan.tokens[pos], -1, np.nan, np.nan)
         for pos, token in enumerate(tokens)
     ]
-    n_units = max(place.site.n_units for place in view.wanted.places)
+    n_units = max(place.site.n_units for place in numbers.wanted.places)
     rows += [
         ("feature", layer, last, n_units + head, f"L{layer}H{head}", -1, np.nan, np.nan)
-        for layer, head in view.plan.heads
+        for layer, head in numbers.plan.heads
     ]
     for place, unit, module in units:
         label = f"L{place.layer}{place.site.letter}{unit}"
         value = values.get(label, np.nan)
         rows.append(("feature", place.layer, last, unit, label, module, value, np.nan))
     rows += [
-        ("error", layer, last, -1, "not drawn", -1, np.nan, np.nan) for layer in range(view.plan.n_layers)
+        ("error", layer, last, -1, "not drawn", -1, np.nan, np.nan) for layer in range(numbers.plan.n_layers)
     ]
-    weight = float(np.exp(view.values[0])) if view.asked.target == "logprob" else 1.0
-    rows.append(("logit", view.plan.n_layers, last, answer, view.title, -1, np.nan, weight))
+    weight = float(np.exp(numbers.values[0])) if numbers.asked.target == "logprob" else 1.0
+    rows.append(("logit", numbers.plan.n_layers, last, answer, numbers.title, -1, np.nan, weight))
     columns = ["kind", "layer", "pos", "index", "label", "module", "activation", "weight"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _unit_edges(view: CircuitView, edges: Edges, n_units: int) -> pd.DataFrame:
+def _unit_edges(numbers: CircuitNumbers, edges: Edges, n_units: int) -> pd.DataFrame:
     heads = edges.heads[:, 0].double().cpu().numpy()
     own = np.zeros(heads.shape[1:], dtype=bool)
-    for layer, head in view.plan.heads:
+    for layer, head in numbers.plan.heads:
         own[layer, head] = True
     kept = (
-        np.stack([heads[:, layer, head] for layer, head in view.plan.heads], 1)
+        np.stack([heads[:, layer, head] for layer, head in numbers.plan.heads], 1)
         if own.any()
         else heads[:, 0, :0]
     )
@@ -196,7 +201,7 @@ def _unit_edges(view: CircuitView, edges: Edges, n_units: int) -> pd.DataFrame:
     matrix = np.concatenate(
         [edges.embedding[:, 0].double().cpu().numpy(), kept, groups[:, :n_units], rest], 1
     )
-    n_tokens, n_heads = edges.embedding.shape[2], len(view.plan.heads)
+    n_tokens, n_heads = edges.embedding.shape[2], len(numbers.plan.heads)
     target = matrix.shape[1]
     receivers = [target, *range(n_tokens, n_tokens + n_heads + n_units)]
     table = pd.DataFrame(

@@ -7,12 +7,15 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from torch import Tensor
 
 from tl_modules._checks import refuse
 from tl_modules.attribution.scores import Scores
 from tl_modules.circuits.asked import Asked
 from tl_modules.circuits.edges import Edges, Wanted
 from tl_modules.circuits.nodes import Plan, summary
+
+_NO_UNITS = ("embedding", "head", "module", "other")
 
 
 class CircuitNumbers:
@@ -46,7 +49,19 @@ class CircuitNumbers:
     @property
     def values(self) -> Float[np.ndarray, " prompt"]:
         """The target of each prompt."""
-        return self.edges_by_prompt.value.double().cpu().numpy()
+        return _array(self.edges_by_prompt.value)
+
+    @property
+    def target_name(self) -> str:
+        """What is explained, such as "logprob(' Paris')"."""
+        names = set(self._scores.targets)
+        return names.pop() if len(names) == 1 else self.asked.target_name
+
+    @property
+    def title(self) -> str:
+        """The target's name, and the prompt if there is one only."""
+        where = f"of {self.texts[0]!r}" if self.n_prompts == 1 else f"over {self.n_prompts} prompts"
+        return f"{self.target_name} {where}"
 
     @cached_property
     def matrix(self) -> Float[np.ndarray, "receiver sender prompt"]:
@@ -62,30 +77,54 @@ class CircuitNumbers:
 
     def head_scores(self) -> Float[np.ndarray, "prompt layer head"]:
         """The score of every head, by the method asked for."""
-        return self._scores.tensor("head")[:, :, 0].double().cpu().numpy()
+        return _array(self._scores.tensor("head").sum(2))
+
+    def unit_scores(self) -> list[Float[np.ndarray, "prompt _"]]:
+        """The score of every unit by the method asked for, by place."""
+        blocks = [block.values for block in self._scores.blocks if block.kind not in _NO_UNITS]
+        return [_array(values.sum(1)) for values in blocks]
+
+    def node_scores(self) -> Float[np.ndarray, "sender prompt"]:
+        """Of each sender: by the method asked for, errors by the plain gradient."""
+        embedding = _array(self._scores.tensor("embedding")[:, 0, :, 0])
+        errors = _array(self.edges_by_prompt.error_scores)
+        return self._by_node(embedding, self.head_scores(), self.unit_scores(), errors)
 
     def gradient_scores(self) -> Float[np.ndarray, "sender prompt"]:
         """Of each sender: that of the plain gradient, over all paths."""
-        plan, edges = self.plan, self.edges_by_prompt
+        edges = self.edges_by_prompt
+        return self._by_node(
+            _array(edges.embedding_scores),
+            _array(edges.head_scores),
+            [_array(scores) for scores in edges.unit_scores],
+            _array(edges.error_scores),
+        )
+
+    def _by_node(
+        self,
+        embedding: Float[np.ndarray, "prompt pos"],
+        heads: Float[np.ndarray, "prompt layer head"],
+        units: list[Float[np.ndarray, "prompt _"]],
+        errors: Float[np.ndarray, "prompt layer"],
+    ) -> Float[np.ndarray, "sender prompt"]:
+        plan = self.plan
         bands = np.array([plan.band_of(layer) for layer in range(plan.n_layers)])
         by_band = np.eye(len(plan.starts))[bands]
-        heads = edges.head_scores.double().cpu().numpy()
         own = [heads[:, layer, head] for layer, head in plan.heads]
         rest = (heads.sum(-1) @ by_band).T
         for (layer, _), score in zip(plan.heads, own, strict=True):
             rest[plan.band_of(layer)] -= score
         groups = np.zeros((plan.n_groups, self.n_prompts))
-        for group, scores in zip(self.wanted.groups, edges.unit_scores, strict=True):
-            np.add.at(groups, group.numpy(), scores.double().cpu().numpy().T)
-        embedding = self.matrix[:, : max(1, len(plan.tokens))].sum(0)
-        errors = edges.errors.double().sum(0).cpu().numpy() @ by_band
-        return np.concatenate([embedding, *[score[None] for score in own], rest, groups, errors.T])
+        for group, scores in zip(self.wanted.groups, units, strict=True):
+            np.add.at(groups, group.numpy(), scores.T)
+        tokens = embedding.T if plan.tokens else embedding.sum(1)[None]
+        return np.concatenate([tokens, *[score[None] for score in own], rest, groups, (errors @ by_band).T])
 
     def module_scores_by_prompt(self) -> Float[np.ndarray, "module prompt"]:
         """The score of every module, over all bands."""
         width = len(self.plan.names) + 1
         start = max(1, len(self.tokens)) + len(self.plan.heads) + len(self.plan.starts)
-        groups = self.gradient_scores()[start : start + self.plan.n_groups]
+        groups = self.node_scores()[start : start + self.plan.n_groups]
         return groups.reshape(len(self.plan.starts), width, -1).sum(0)[:-1]
 
     def module_labels(self) -> list[np.ndarray]:
@@ -101,13 +140,13 @@ class CircuitNumbers:
         for place, labels, scores, values in zip(
             self.wanted.places,
             self.module_labels(),
-            self.edges_by_prompt.unit_scores,
+            self.unit_scores(),
             self.edges_by_prompt.unit_values,
             strict=True,
         ):
             units = place.site.units()[["label", "layer", "index"]]
-            numbers = summary(scores.double().cpu().numpy().T)
-            parts.append(units.assign(module=labels, value=values.double().mean(0).cpu().numpy(), **numbers))
+            numbers = summary(scores.T)
+            parts.append(units.assign(module=labels, value=_array(values).mean(0), **numbers))
         table = pd.concat(parts, ignore_index=True)
         return table[["module", "label", "layer", "index", "value", "score", "standard_error", "consistency"]]
 
@@ -121,3 +160,7 @@ class CircuitNumbers:
             cure = "Make a view of one prompt for this."
             refuse("view", got=f"{self.n_prompts} prompts", want="one", cure=cure)
         return self.texts[0]
+
+
+def _array(tensor: Float[Tensor, "*axes"]) -> Float[np.ndarray, "*axes"]:
+    return tensor.detach().double().cpu().numpy()

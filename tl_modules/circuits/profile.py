@@ -33,7 +33,7 @@ def circuit_profile(
     if answer is None:
         options.setdefault("target", "loss")
     view = circuit(model, modules, prompts, answer, **options)
-    best = view.heads.groupby("module").head(top).groupby("module")["label"].agg(" ".join)
+    best = view.head_table.groupby("module").head(top).groupby("module")["label"].agg(" ".join)
     nodes = view.nodes[view.nodes["kind"] == "module"]
     strongest = nodes.loc[nodes["score"].abs().groupby(nodes["index"]).idxmax()].set_index("index")
     layers = strongest["layer"].astype(str) + "-" + strongest["last_layer"].astype(str)

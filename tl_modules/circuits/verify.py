@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from tl_modules._checks import check_choice, check_integer, refuse
 from tl_modules.attribution.read import PromptBatch
-from tl_modules.host import logits_of
+from tl_modules.host import hooked, logits_of
 from tl_modules.interventions import ablate_rows
 from tl_modules.paths import path_effect
 
@@ -108,7 +108,7 @@ def verify_circuit(
     Args:
         view: the circuit.
         n: how many parts of each kind; modules are all ablated if there are fewer.
-        kinds: "head", "module", "unit", "edge".
+        kinds: "head", "module", "unit", "edge"; no edges where the target is a module.
         method: "zero", "mean" or "resample"; see `ablate`. Scores foretell zero ablation; how far they go for
             the others is what is then seen.
         reference: prompts for "mean" and "resample"; None takes the view's own.
@@ -127,9 +127,11 @@ def verify_circuit(
         cure = "Make a view without corrupted prompts: its scores are about ablation."
         refuse("view", got="scores relative to corrupted prompts", want="scores about ablation", cure=cure)
     if method != "zero" and reference is None:
-        reference = view.texts
+        reference = view.asked.prompts
     rng = np.random.default_rng(random_state)
     tester = _Tester(view, method, reference, random_state)
+    if tester.target.hook_names:
+        kinds = [kind for kind in kinds if kind != "edge"]
     todo = [(prompt, kind) for prompt in range(min(n_prompts, view.n_prompts)) for kind in kinds]
     tables = []
     for prompt, kind in tqdm(todo, desc="Verifying", disable=not progress):
@@ -168,8 +170,8 @@ class _Tester:
         self.view, self.method, self.random_state = view, method, random_state
         asked = view.asked
         self.reference = reference
-        batches, _ = asked.batches(view.texts)
-        self.target = asked.target_of(view.n_prompts)
+        batches, _ = asked.batches()
+        self.target = asked.wanted
         self.rows = {
             int(prompt): batch.tokens[row, : batch.lengths[row]]
             for batch in batches
@@ -190,10 +192,11 @@ class _Tester:
         tokens = self.rows[prompt].expand(len(some), -1)
         batch = PromptBatch(np.full(len(some), prompt), tokens, torch.ones_like(tokens, dtype=torch.bool))
 
-        def value(logits: Tensor) -> Tensor:
-            return self.target.values(logits, batch)
-
         if kind == "edge":
+
+            def value(logits: Tensor) -> Tensor:
+                return self.target.values(logits, batch, {})
+
             senders, receivers = zip(*some, strict=True)
             found = path_effect(asked.model, tokens, senders, receivers, value, basis=asked.basis)
             return found.double().cpu().numpy()
@@ -201,11 +204,21 @@ class _Tester:
         if self.method == "resample":
             options["random_state"] = self.random_state
         basis = None if kind == "head" else asked.basis
-        with torch.no_grad():
-            before = value(logits_of(asked.model, tokens))
-            with ablate_rows(asked.model, some, method=self.method, basis=basis, **options):
-                after = value(logits_of(asked.model, tokens))
+        before = self._value(batch)
+        with ablate_rows(asked.model, some, method=self.method, basis=basis, **options):
+            after = self._value(batch)
         return (after - before).double().cpu().numpy()
+
+    def _value(self, batch: PromptBatch) -> Float[Tensor, " batch"]:
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[[Tensor], None]:
+            return lambda activation: seen.__setitem__(name, activation)
+
+        hooks = {name: keep(name) for name in self.target.hook_names}
+        with torch.no_grad(), hooked(self.view.asked.model, hooks):
+            logits = logits_of(self.view.asked.model, batch.tokens)
+            return self.target.values(logits, batch, seen)
 
 
 def _heads(view: CircuitView, prompt: int) -> list[Candidate]:
@@ -218,13 +231,13 @@ def _heads(view: CircuitView, prompt: int) -> list[Candidate]:
 
 def _modules(view: CircuitView, prompt: int) -> list[Candidate]:
     scores = view.module_scores_by_prompt()[:, prompt]
-    return [(f"M{index}", -float(score), view.asked.modules[index]) for index, score in enumerate(scores)]
+    units = [view.asked.modules[index].units for index in range(len(scores))]
+    units = [table[table["kind"] != "head"] for table in units]  # heads are verified as heads
+    return [(f"M{i}", -float(scores[i]), table) for i, table in enumerate(units) if len(table)]
 
 
 def _units(view: CircuitView, prompt: int) -> list[Candidate]:
-    scores = np.concatenate(
-        [found[prompt].double().cpu().numpy() for found in view.edges_by_prompt.unit_scores]
-    )
+    scores = np.concatenate([found[prompt] for found in view.unit_scores()])
     labels = view.unit_table["label"]
     return [(label, -float(score), label) for label, score in zip(labels, scores, strict=True)]
 

@@ -19,6 +19,7 @@ from tl_modules.circuits.attention import attention_table, head_pattern, values_
 from tl_modules.circuits.export import graph_scores, pruned, to_networkx, write_json
 from tl_modules.circuits.nodes import edge_table, summary
 from tl_modules.circuits.numbers import CircuitNumbers
+from tl_modules.circuits.pictures import ShowsItself
 from tl_modules.circuits.weights import head_reach
 from tl_modules.host import logits_of
 from tl_modules.module import Module
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _N_CANDIDATES = 8
 
 
-class CircuitView(CircuitNumbers):
+class CircuitView(ShowsItself, CircuitNumbers):
     """What an answer is made from: nodes, edges, and tables of heads, units and logits.
 
     Made by `circuit`. Scores of several prompts are means; tables then have standard errors and the share of
@@ -42,41 +43,25 @@ class CircuitView(CircuitNumbers):
     """Whether intervention agrees; see `verify`."""
 
     @property
-    def title(self) -> str:
-        """The target's name, and that of the prompt if there is one only."""
-        target = self._scores.targets[0] if len(set(self._scores.targets)) == 1 else self.asked.target
-        return (
-            f"{target} of {self.texts[0]!r}"
-            if self.n_prompts == 1
-            else f"{target} over {self.n_prompts} prompts"
-        )
-
-    @property
     def header(self) -> list[str]:
-        """What is explained, by which method, and whether intervention agrees."""
-        lines = [
-            f"{self.title}: {self.values.mean():.3f}",
-            f"nodes by {self._scores.method}, edges by gradient",
-        ]
-        return [
-            *lines,
-            "not verified: view.verify()" if self.verification is None else str(self.verification),
-        ]
+        """The target's value, the method, and whether intervention agrees."""
+        verified = "not verified: view.verify()" if self.verification is None else str(self.verification)
+        how = f"nodes by {self._scores.method}, edges by gradient"
+        return [f"value {self.values.mean():.3f}", how, verified]
 
     @cached_property
     def nodes(self) -> pd.DataFrame:
         """One row a node: id, kind, layer, last_layer, index, label, score, gradient_score, standard_error,
         consistency.
 
-        `gradient_score` is the sum of the edges that leave the node, those to heads without a node included;
-        `score`, with its standard error and consistency, is by the method asked for.
+        `gradient_score` is the sum of the edges that leave the node, those to heads without a node and to
+        layers without units included; `score`, with its standard error and consistency, is by the method
+        asked for, but for error nodes.
         """
         table = self.plan.table()
         gradient = np.concatenate([self.gradient_scores(), self.values[None]])
-        by_method = gradient.copy()
-        heads = self.head_scores()
-        for row, (layer, head) in zip(np.flatnonzero(table["kind"] == "head"), self.plan.heads, strict=True):
-            by_method[row] = heads[:, layer, head]
+        by_method = np.concatenate([self.node_scores(), self.values[None]])
+        table.loc[table["kind"] == "target", "label"] = self.target_name
         return table.assign(**summary(by_method), gradient_score=gradient.mean(1))
 
     @cached_property
@@ -95,13 +80,21 @@ class CircuitView(CircuitNumbers):
         module's read directions seen through the head's OV matrix, in units of what random directions have;
         and reach_z, how many standard errors of as many random directions that is from 1.
         """
+        model, places = self.asked.model, self.wanted.places
+        reach = head_reach(model, places, self.module_labels(), len(self.plan.names))
+        table = self.head_table
+        place = (table["module"].to_numpy(), table["layer"].to_numpy(), table["head"].to_numpy())
+        return table.assign(reach=reach.ratio[place], reach_z=reach.z[place])
+
+    @cached_property
+    def head_table(self) -> pd.DataFrame:
+        """`heads` without what the weights say, which takes longer."""
         plan = self.plan
         width = len(plan.names) + 1
         first = 1 + len(plan.heads)
         own = self.edges_by_prompt.heads[first:].double().cpu().numpy()
         by_module = own.reshape(len(plan.starts), width, *own.shape[1:])[:, :-1].sum(0)
         n_modules, n_prompts, n_layers, n_heads = by_module.shape
-        reach = head_reach(self.asked.model, self.wanted.places, self.module_labels(), len(plan.names))
         layer, head = np.divmod(np.arange(n_layers * n_heads), n_heads)
         table = pd.DataFrame(
             {
@@ -109,18 +102,11 @@ class CircuitView(CircuitNumbers):
                 "name": np.repeat(np.asarray(plan.names, dtype=object), n_layers * n_heads),
                 "layer": np.tile(layer, n_modules),
                 "head": np.tile(head, n_modules),
+                "label": [f"L{a}H{b}" for a, b in zip(layer, head, strict=True)] * n_modules,
                 **summary(by_module.transpose(0, 2, 3, 1).reshape(-1, n_prompts)),
-                "reach": reach.ratio.reshape(-1),
-                "reach_z": reach.z.reshape(-1),
             }
         )
-        table.insert(4, "label", [f"L{a}H{b}" for a, b in zip(table["layer"], table["head"], strict=True)])
         return table.sort_values("score", key=np.abs, ascending=False, kind="stable", ignore_index=True)
-
-    @property
-    def head_table(self) -> pd.DataFrame:
-        """`heads`, as the figures read it."""
-        return self.heads[["module", "layer", "head", "score"]]
 
     def units(
         self, module: int | Module | None = None, n: int = 10, *, promotes: bool = True
@@ -177,12 +163,12 @@ class CircuitView(CircuitNumbers):
         """Module by candidate: what each module's units add to the candidate's logit directly, on average.
 
         Args:
-            candidates: tokens, as text or ids.
+            candidates: tokens, as text or ids; those that look alike have their place in this list added.
         """
         asked = self.asked
         table = logit_table(
             asked.model,
-            self.texts,
+            asked.prompts,
             candidates,
             modules=asked.modules,
             basis=asked.basis,
@@ -190,17 +176,23 @@ class CircuitView(CircuitNumbers):
             exact=False,
             progress=False,
         )
-        summed = table.groupby(["source_index", "target"], sort=False)["score"].sum() / self.n_prompts
-        wide = summed.unstack("target")[list(dict.fromkeys(table["target"]))]
+        n_candidates = len(candidates)
+        n_rows = len(table) // (self.n_prompts * n_candidates)
+        number = np.arange(len(table)) // n_rows % n_candidates
+        wide = table.groupby(["source_index", number])["score"].sum().unstack() / self.n_prompts
+        names = table["target"].iloc[: n_rows * n_candidates : n_rows]
+        alike = names.duplicated(keep=False)
+        named = [f"{n} #{i}" if twice else n for i, (n, twice) in enumerate(zip(names, alike, strict=True))]
+        wide.columns = pd.Index(named, name="target")
         wide.index = pd.Index([f"{i} {self.plan.names[i]}" for i in wide.index], name="module")
         return wide
 
     def _candidates(self) -> list[str | int]:
-        batches, _ = self.asked.batches(self.texts)
+        batches, _ = self.asked.batches()
         with torch.no_grad():
             last = [logits_of(self.asked.model, b.tokens)[range(len(b.rows)), b.last] for b in batches]
         likely = torch.cat(last).softmax(-1).mean(0).topk(_N_CANDIDATES).indices.tolist()
-        target = self.asked.target_of(self.n_prompts)
+        target = self.asked.wanted
         return list(dict.fromkeys([*target.answers.tolist()[:1], *target.wrong.tolist()[:1], *likely]))
 
     def attention(self, module: int | Module, n_heads: int = 5) -> pd.DataFrame:
@@ -219,7 +211,11 @@ class CircuitView(CircuitNumbers):
         Raises:
             InputError: several prompts, or no such module.
         """
-        return attention_table(self, self._number(module), check_integer("n_heads", n_heads, least=1))
+        number = self._number(module)
+        check_integer("n_heads", n_heads, least=1)
+        return attention_table(
+            self, number, self.head_table[self.head_table["module"] == number].head(n_heads)
+        )
 
     def pattern(self, layer: int, head: int) -> Float[np.ndarray, "query key"]:
         """The attention pattern of a head on the prompt."""

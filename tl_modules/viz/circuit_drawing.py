@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from tl_modules._checks import refuse
 from tl_modules.viz.circuit_layout import Box, Layout, curve, layered
 
 MOST_EDGES = 800
@@ -143,11 +144,16 @@ def draw(view: Drawable, threshold: float | None = None) -> Drawing:
         threshold: edges weaker than this share of the strongest are hidden at first, 0 to 1; None shows the
             120 strongest.
 
+    Raises:
+        InputError: the threshold is not in [0, 1].
+
     Example:
         >>> drawing = draw(view)
         >>> len(drawing.nodes), len(drawing.edges)
-        (9, 12)
+        (8, 12)
     """
+    if threshold is not None and not 0 <= threshold <= 1:
+        refuse("threshold", got=threshold, want="a share of the strongest edge, 0 to 1")
     table, known = view.nodes, set(view.nodes["id"])
     order = view.edges["score"].abs().sort_values(ascending=False, kind="stable").index
     edges = view.edges.loc[order]
@@ -166,10 +172,10 @@ def draw(view: Drawable, threshold: float | None = None) -> Drawing:
 
 
 def visible(text: str) -> str:
-    """Text with glyphs for line breaks, tabs and lone spaces, and without what XML cannot hold.
+    r"""Text with glyphs for line breaks, tabs and lone spaces, and without what XML cannot hold.
 
     Example:
-        >>> visible(" a\\nb\\x00"), visible("  ")
+        >>> visible(" a\nb\x00"), visible("  ")
         (' a↵b�', '␣␣')
     """
     if text and not text.strip(" "):
@@ -190,7 +196,7 @@ def _nodes(table: pd.DataFrame, layout: Layout, joined: set[int]) -> list[Node]:
             _lines(row, layout.boxes[row["id"]]),
             _TARGET if row["kind"] == "target" else _fill(float(row["score"]) / most),
             _node_hover(row),
-            number not in joined,
+            number not in joined and row["kind"] != "target",
         )
         for number, row in enumerate(table.to_dict("records"))
     ]
@@ -241,16 +247,25 @@ def signed(value: float) -> str:
     """Three digits with a sign.
 
     Example:
-        >>> signed(-0.12345), signed(2)
+        >>> signed(-0.12345), signed(2.0)
         ('−0.123', '+2')
     """
     return "–" if math.isnan(value) else f"{value:+.3g}".replace("-", "−")
 
 
+def short_label(row: Mapping[Any, Any]) -> str:
+    """A node's label without its layers.
+
+    Example:
+        >>> short_label({"label": "3 poem 0-9", "layer": 0, "last_layer": 9})
+        '3 poem'
+    """
+    return visible(str(row["label"])).strip().removesuffix(f" {row['layer']}-{row['last_layer']}")
+
+
 def _lines(row: Mapping[Any, Any], box: Box) -> list[str]:
     """The label in as many lines as the box has, cut where it is longer; the row tells the layers."""
-    label = visible(str(row["label"])).strip()
-    label = label.removesuffix(f" {row['layer']}-{row['last_layer']}")
+    label = short_label(row)
     room = int((box.width - 4) / _CHARACTER)
     lines = [""]
     for word in label.split(" ") if box.height > 30 and row["kind"] != "target" else [label]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 
-from tl_modules._checks import refuse
 from tl_modules._version import __version__
 from tl_modules.viz.circuit_drawing import (
     MOST_EDGES,
@@ -15,6 +14,7 @@ from tl_modules.viz.circuit_drawing import (
     Drawable,
     Drawing,
     draw,
+    short_label,
     signed,
     visible,
 )
@@ -50,7 +50,7 @@ def circuit_svg(view: Drawable, threshold: float | None = None) -> str:
         >>> circuit_svg(view)[:40]
         '<svg xmlns="http://www.w3.org/2000/svg" ...'
     """
-    return _svg(view, draw(view, _checked(threshold)), alone=True)
+    return _svg(view, draw(view, threshold), alone=True)
 
 
 def circuit_html(view: Drawable, threshold: float | None = None) -> str:
@@ -70,7 +70,7 @@ def circuit_html(view: Drawable, threshold: float | None = None) -> str:
         >>> circuit_html(view).count("<svg")
         1
     """
-    drawing = draw(view, _checked(threshold))
+    drawing = draw(view, threshold)
     return render(
         "circuit.html.j2",
         title=visible(view.title),
@@ -103,12 +103,6 @@ def page(title: str, body: str) -> str:
     return render("circuit_page.html.j2", title=visible(title), body=body, version=__version__)
 
 
-def _checked(threshold: float | None) -> float | None:
-    if threshold is not None and not 0 <= threshold <= 1:
-        refuse("threshold", got=threshold, want="a share of the strongest edge, 0 to 1")
-    return threshold
-
-
 def _svg(view: Drawable, drawing: Drawing, *, alone: bool) -> str:
     return render(
         "circuit.svg.j2",
@@ -138,13 +132,13 @@ def _units(view: Drawable) -> list[dict[str, Any]]:
     """The unit list of each module that has a node."""
     modules = view.nodes[view.nodes["kind"] == "module"].drop_duplicates("index")
     return [
-        {"index": int(row["index"]), "label": _name(row), "units": _rows(view.units(int(row["index"]), N_UNITS))}
+        {
+            "index": int(row["index"]),
+            "label": short_label(row),
+            "units": _rows(view.units(int(row["index"]), N_UNITS)),
+        }
         for row in modules.sort_values("index").to_dict("records")
     ]
-
-
-def _name(row: Any) -> str:
-    return visible(str(row["label"])).removesuffix(f" {row['layer']}-{row['last_layer']}")
 
 
 def _rows(units: pd.DataFrame) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import pandas as pd
@@ -121,7 +121,9 @@ def layered(nodes: pd.DataFrame, edges: pd.DataFrame) -> Layout:
     for above, row in zip([None, *rows], rows, strict=False):
         height = max(place.height for place in row)
         y += height / 2 + (0.0 if above is None else max(_GAPS[above[0].level], _GAPS[row[0].level]))
-        boxes |= {place.id: Box(x, y, place.width, place.height) for place, x in zip(row, _spread(row), strict=True)}
+        boxes |= {
+            place.id: Box(x, y, place.width, place.height) for place, x in zip(row, _spread(row), strict=True)
+        }
         marks += [(_mark(row), y)] if row[0].level in (0, 1) else []
         y += height / 2
     boxes = {name: boxes[name] for name in nodes["id"]}
@@ -131,11 +133,11 @@ def layered(nodes: pd.DataFrame, edges: pd.DataFrame) -> Layout:
 def curve(source: Box, target: Box) -> Float[np.ndarray, "4 2"]:
     """The line between two nodes, as the four points of a cubic Bézier curve.
 
-    Upwards it leaves at the top and arrives at the bottom, downwards the other way round; between nodes of one
-    row it runs over them.
+    Upwards it leaves at the top and arrives at the bottom, downwards the other way round; between nodes of
+    one row it runs over them.
 
     Example:
-        >>> curve(Box(0, 100, 10, 20), Box(50, 20, 10, 20)).tolist()
+        >>> curve(Box(0.0, 100.0, 10.0, 20.0), Box(50.0, 20.0, 10.0, 20.0)).tolist()
         [[0.0, 90.0], [0.0, 60.0], [50.0, 60.0], [50.0, 30.0]]
     """
     if source.y == target.y:
@@ -152,7 +154,10 @@ def _in_columns(nodes: pd.DataFrame) -> dict[str, _Place]:
     """Every node in its column; heads are ordered later."""
     modules = sorted(set(nodes.loc[nodes["kind"] == "module", "index"]))
     n_tokens = int((nodes["kind"] == "embedding").sum())
-    n_columns = {-1: n_tokens, 1: max(4, len(modules) + 2 * int(nodes["kind"].isin(["other", "error"]).any()))}
+    n_columns = {
+        -1: n_tokens,
+        1: max(4, len(modules) + 2 * int(nodes["kind"].isin(["other", "error"]).any())),
+    }
     places: dict[str, _Place] = {}
     token = 0
     for row in nodes.to_dict("records"):
@@ -236,5 +241,5 @@ def _bands(nodes: pd.DataFrame, boxes: dict[str, Box]) -> list[tuple[float, floa
         own = [boxes[name] for name in nodes.loc[inside, "id"]]
         found.append((min(box.top for box in own) - 10.0, max(box.bottom for box in own) + 10.0))
     found.sort()
-    apart = all(upper[1] <= lower[0] for upper, lower in zip(found, found[1:], strict=False))
+    apart = all(upper[1] <= lower[0] for upper, lower in pairwise(found))
     return found if apart else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import plotly.graph_objects as go
@@ -52,7 +53,7 @@ class Figure(go.Figure):
             self._ipython_display_()
 
     def _repr_html_(self) -> str:
-        return library_once(_cell()) + div(self)
+        return library_once() + div(self)
 
 
 def div(figure: go.Figure) -> str:
@@ -65,12 +66,23 @@ def library() -> str:
     return f"<script>{get_plotlyjs()}</script>"
 
 
-def library_once(cell: str) -> str:
-    """The library for the first cell that asks and for the same cell run again; nothing for others."""
-    if _carriers and cell not in _carriers:
+def once(carriers: set[str], make: Callable[[], str]) -> str:
+    """What `make` gives, for the first notebook cell that asks and for the same cell run again; else nothing.
+
+    Args:
+        carriers: the cells that have it, which this function keeps.
+        make: gives a library as HTML.
+    """
+    cell = _cell()
+    if carriers and cell not in carriers:
         return ""
-    _carriers.add(cell)
-    return library()
+    carriers.add(cell)
+    return make()
+
+
+def library_once() -> str:
+    """The library where this notebook cell is to hold it."""
+    return once(_carriers, library)
 
 
 def _cell() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,8 @@ from urllib.parse import quote
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from tl_modules import _store
+from tl_modules._checks import refuse
 from tl_modules._tables import ModuleTables
 from tl_modules.module import Module
 from tl_modules.modules import Modules
@@ -76,9 +78,25 @@ def module_html(module: Module) -> str:
     return render("module.html.j2", card=card(module), style=style())
 
 
-def render(name: str, **context: Any) -> str:
+def render(name: str, /, **context: Any) -> str:
     """Fill a template of the package; everything is escaped unless a template says otherwise."""
     return str(_environment().get_template(name).render(**context))
+
+
+def write_page(path: str | Path, make: Callable[[], str]) -> Path:
+    """Write a page aside and rename it; the path is checked before the page is made.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        refuse("path", got=str(path), want="a file name in a folder that exists")
+    page = make()
+    with _store.aside(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        temporary.chmod(0o644)
+    return path
 
 
 @cache

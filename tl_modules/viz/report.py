@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_modules import _store
-from tl_modules._checks import check_integer, refuse
+from tl_modules._checks import check_integer
 from tl_modules._version import __version__
 from tl_modules.modules import Modules
 from tl_modules.viz.figure import div, library
-from tl_modules.viz.html import card, render, style, summary_context
+from tl_modules.viz.html import card, render, style, summary_context, write_page
 from tl_modules.viz.panels import history, overview
 
 PAPER = "https://arxiv.org/abs/2603.17823"
@@ -50,13 +49,14 @@ def write_report(
         ...     write_report(modules, f"{folder}/modules.html").stat().st_size > 1_000_000
         True
     """
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        refuse("path", got=str(path), want="a file name in a folder that exists")
     check_integer("n_exemplars", n_exemplars, least=1)
     check_integer("n_units", n_units, least=1)
+    return write_page(path, lambda: _page(modules, title, n_exemplars, n_units))
+
+
+def _page(modules: Modules, title: str | None, n_exemplars: int, n_units: int) -> str:
     facts = headline(modules)
-    page = render(
+    return render(
         "report.html.j2",
         title=title or f"The functional modules of {facts['model'] or 'a language model'}",
         facts=facts,
@@ -70,10 +70,6 @@ def write_report(
         version=modules.source.get("tl_modules", __version__),
         **summary_context(modules),
     )
-    with _store.aside(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        temporary.chmod(0o644)
-    return path
 
 
 def headline(modules: Modules) -> dict[str, str]:

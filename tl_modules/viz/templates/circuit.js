@@ -4,7 +4,7 @@ for (const root of document.querySelectorAll(".tlm-circuit:not([data-live])")) (
   const svg = root.querySelector("svg"), tip = root.querySelector(".tlm-tip");
   const edges = [...svg.querySelectorAll(".edge")], nodes = [...svg.querySelectorAll(".node")];
   const slide = root.querySelector(".tlm-slide"), range = slide.querySelector("input"), told = slide.querySelector("output");
-  let pinned = null;
+  let pinned = [];
 
   const follow = (event) => {
     const box = root.getBoundingClientRect();
@@ -22,22 +22,23 @@ for (const root of document.querySelectorAll(".tlm-circuit:not([data-live])")) (
     element.addEventListener("pointerleave", () => { tip.hidden = true; });
   };
   const shown = (edge) => edge.style.display !== "none";
-  const light = (number) => {
-    svg.classList.toggle("focus", number !== null);
+  const light = (some) => {
+    const lit = new Set(some);
+    svg.classList.toggle("focus", some.length > 0);
     for (const element of [...edges, ...nodes]) element.classList.remove("on");
-    for (const edge of edges) if (shown(edge) && (edge.dataset.source === number || edge.dataset.target === number)) {
-      edge.classList.add("on");
-      nodes[+edge.dataset.source].classList.add("on");
-      nodes[+edge.dataset.target].classList.add("on");
+    for (const edge of edges) {
+      const ends = [nodes[+edge.dataset.source], nodes[+edge.dataset.target]];
+      if (shown(edge) && ends.some((end) => lit.has(end))) [edge, ...ends].forEach((one) => one.classList.add("on"));
     }
-    if (number !== null) nodes[+number].classList.add("on");
+    some.forEach((node) => node.classList.add("on"));
   };
   const pin = (node) => {
-    pinned = node && node.dataset.node !== pinned ? node.dataset.node : null;
-    for (const other of nodes) other.classList.toggle("chosen", other.dataset.node === pinned);
+    const module = node ? node.dataset.module : undefined;
+    const family = nodes.filter((other) => other === node || (module !== undefined && other.dataset.module === module));
+    pinned = pinned.includes(node) ? [] : family;
+    for (const other of nodes) other.classList.toggle("chosen", pinned.includes(other));
     light(pinned);
-    const module = pinned === null ? undefined : node.dataset.module;
-    for (const list of root.querySelectorAll(".tlm-units details")) list.open = list.dataset.module === module;
+    for (const list of root.querySelectorAll(".tlm-units details")) list.open = pinned.length > 0 && list.dataset.module === module;
   };
   const cut = () => {
     const least = (range.value / 100) ** 2, joined = new Set();
@@ -48,16 +49,22 @@ for (const root of document.querySelectorAll(".tlm-circuit:not([data-live])")) (
       if (keep) { n++; joined.add(edge.dataset.source); joined.add(edge.dataset.target); }
     }
     for (const node of nodes) {
-      if (joined.has(node.dataset.node)) node.removeAttribute("opacity"); else node.setAttribute("opacity", "0.35");
+      if (joined.has(node.dataset.node) || node.classList.contains("target")) node.removeAttribute("opacity"); else node.setAttribute("opacity", "0.35");
     }
     told.textContent = `${(100 * least).toFixed(1)} % of the strongest: ${n} edges`;
     light(pinned);
   };
-  edges.forEach(tell);
+  for (const edge of edges) {
+    const wide = edge.querySelector("path").cloneNode();
+    wide.setAttribute("stroke-width", "10");
+    wide.setAttribute("stroke-opacity", "0");
+    edge.append(wide);
+    tell(edge);
+  }
   for (const node of nodes) {
     tell(node);
-    node.addEventListener("pointerenter", () => { if (pinned === null) light(node.dataset.node); });
-    node.addEventListener("pointerleave", () => { if (pinned === null) light(null); });
+    node.addEventListener("pointerenter", () => { if (!pinned.length) light([node]); });
+    node.addEventListener("pointerleave", () => { if (!pinned.length) light([]); });
     node.addEventListener("click", (event) => { event.stopPropagation(); pin(node); });
     if (node.dataset.module === undefined) continue;
     node.setAttribute("tabindex", "0");

@@ -17,6 +17,7 @@ from tl_modules.attribution import pruning
 from tl_modules.attribution.frozen import Aim, FrozenPrompt, Write
 from tl_modules.attribution.graph_json import graph_document, write_graph
 from tl_modules.host import describe
+from tl_modules.modules import Modules
 
 METHOD = "transcoder graph"
 
@@ -180,7 +181,7 @@ class LocalGraph:
         scan: str = "",
         node_threshold: float = 0.8,
         edge_threshold: float = 0.98,
-        supernodes: Mapping[str, Sequence[int]] | None = None,
+        supernodes: Mapping[str, Sequence[int]] | Modules | None = None,
         old_error_ids: bool = False,
     ) -> Path:
         """Write the pruned graph as a file that circuit-tracer's and Neuronpedia's viewers open.
@@ -191,13 +192,15 @@ class LocalGraph:
             scan: what the viewer looks features up by; empty for the model's name.
             node_threshold: see `prune`.
             edge_threshold: see `prune`.
-            supernodes: label to rows of this graph's `nodes`, drawn as one; nodes that are pruned away are
-                left out.
+            supernodes: what is drawn as one: the modules that the features belong to, or label to rows of
+                this graph's `nodes`. Nodes that are pruned away are left out.
             old_error_ids: see `graph_document`.
 
         Returns:
             The path.
         """
+        if isinstance(supernodes, Modules):
+            supernodes = self.supernodes(supernodes)
         pruned = self._numbered().prune(node_threshold=node_threshold, edge_threshold=edge_threshold)
         new = {int(old): row for row, old in enumerate(pruned.nodes["row"])}
         groups = {
@@ -217,6 +220,24 @@ class LocalGraph:
             old_error_ids=old_error_ids,
         )
         return write_graph(path, document)
+
+    def supernodes(self, modules: Modules) -> dict[str, list[int]]:
+        """The rows of `nodes` that are features of each module, by its number and name.
+
+        Args:
+            modules: found on the transcoders of this graph, or on some of them.
+        """
+        units = modules.units.assign(module=modules.unit_labels)
+        units = units[(units["kind"] == "feature") & (units["module"] >= 0)]
+        places = zip(units["layer"], units["index"], strict=True)
+        module_of = dict(zip(places, units["module"], strict=True))
+        found: dict[str, list[int]] = {}
+        features = self.nodes[self.nodes["kind"] == "feature"]
+        for row, layer, index in zip(features.index, features["layer"], features["index"], strict=True):
+            module = module_of.get((layer, index))
+            if module is not None:
+                found.setdefault(f"{module} {modules.names[module]}", []).append(int(row))
+        return found
 
     @property
     def tokens(self) -> list[str]:

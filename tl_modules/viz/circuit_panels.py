@@ -1,0 +1,193 @@
+"""Views of one module in a circuit: its heads, where they look, where it is active, and all together."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from tl_modules._checks import check_integer, refuse
+from tl_modules.viz.attention import MOST_TOKENS, attention_html, attention_library, token_html
+from tl_modules.viz.circuit_drawing import Drawable, short_label, signed, visible
+from tl_modules.viz.circuit_graph import circuit_html, page
+from tl_modules.viz.figure import Figure, div, library, library_once, once
+from tl_modules.viz.html import render, style, write_page
+from tl_modules.viz.panels import canvas
+
+_MARGIN = {"l": 45, "r": 10, "t": 20, "b": 45}
+_ROW = 17
+_N_SOURCES = 4
+
+_carriers: set[str] = set()
+"""Notebook cells whose output holds circuitsvis."""
+
+
+@runtime_checkable
+class Inspectable(Drawable, Protocol):
+    """What the panels need beyond the graph; a `CircuitView` has it."""
+
+    @property
+    def head_table(self) -> pd.DataFrame:
+        """module, layer, head and score."""
+
+    def attention(self, module: int) -> pd.DataFrame:
+        """Of the module's top heads: layer, head, source_pos, source_token and score."""
+
+    def pattern(self, layer: int, head: int) -> Float[np.ndarray, "pos pos"]:
+        """Attention of the one prompt, rows look."""
+
+    def module_values(self, module: int) -> Float[np.ndarray, " pos"]:
+        """Mean size of the module's units at each position of the one prompt."""
+
+
+def head_map(view: Inspectable, module: int) -> Figure:
+    """Score of every head for a module: layers upwards, heads to the right, red negative, blue positive.
+
+    Args:
+        view: the circuit.
+        module: number of the module.
+
+    Raises:
+        InputError: the circuit has no such module.
+
+    Example:
+        >>> head_map(view, 0).data[0].z.shape
+        (2, 2)
+    """
+    name = module_name(view, module)
+    table = view.head_table
+    own = table[table["module"] == module]
+    grid = own.pivot_table(index="layer", columns="head", values="score").sort_index()
+    figure = canvas(_MARGIN["t"] + _MARGIN["b"] + _ROW * max(10, len(grid)), _MARGIN)
+    figure.add_heatmap(
+        z=grid.to_numpy(),
+        x=grid.columns.to_numpy(),
+        y=grid.index.to_numpy(),
+        colorscale="RdBu",
+        zmid=0.0,
+        xgap=1,
+        ygap=1,
+        hovertemplate=f"L%{{y}}H%{{x}} and {html.escape(name)}<br>score %{{z:.3g}}<extra></extra>",
+        colorbar={
+            "title": {"text": "score: red −, blue +", "side": "right"},
+            "thickness": 10,
+            "outlinewidth": 0,
+        },
+    )
+    figure.update_xaxes(title="head", showgrid=False, zeroline=False, ticks="", dtick=1)
+    step = max(1, len(grid) // 6)
+    return figure.update_yaxes(title="layer", showgrid=False, zeroline=False, ticks="", dtick=step)
+
+
+@dataclass(frozen=True)
+class CircuitPanel:
+    """The graph of a circuit, and of one module: its heads, where they look and where it is active.
+
+    A notebook shows it where it is a cell's output.
+    """
+
+    view: Inspectable
+    module: int
+    n_heads: int = 4
+    """Heads whose attention is drawn."""
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write a page that needs no network (6 MB, nearly all of it plotly.js and circuitsvis).
+
+        Args:
+            path: where the file goes; its folder must exist. An older file is replaced, whole or not at all.
+
+        Raises:
+            InputError: there is no such folder.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     show_panel(view, 0).save_html(f"{folder}/panel.html").stat().st_size > 1_000_000
+            True
+        """
+        body = library() + attention_library() + self._body()
+        return write_page(path, lambda: page(self.view.title, body))
+
+    def _repr_html_(self) -> str:
+        return library_once() + once(_carriers, attention_library) + self._body()
+
+    def _body(self) -> str:
+        one_prompt = bool(self.view.tokens)
+        return render(
+            "circuit_panel.html.j2",
+            graph=circuit_html(self.view),
+            name=module_name(self.view, self.module),
+            heads=div(head_map(self.view, self.module)),
+            **(self._of_prompt() if one_prompt else {"attention": ""}),
+            style=style(),
+        )
+
+    def _of_prompt(self) -> dict[str, Any]:
+        """What can be said of one prompt only."""
+        tokens, table = self.view.tokens, self.view.attention(self.module)
+        totals = table.groupby(["layer", "head"], sort=True)["score"].sum()
+        top = totals.loc[totals.abs().sort_values(ascending=False, kind="stable").index].head(self.n_heads)
+        pairs = [(int(layer), int(head)) for layer, head in top.index]
+        patterns = [np.asarray(self.view.pattern(layer, head), dtype=float) for layer, head in pairs]
+        names = [f"L{layer}H{head}" for layer, head in pairs]
+        values = np.asarray(self.view.module_values(self.module), dtype=float)
+        return {
+            "attention": attention_html(np.stack(patterns), tokens, names) if names else " ",
+            "sources": [_sources(table, pair, total) for pair, total in zip(pairs, top, strict=True)],
+            "tokens": token_html(tokens, values, "mean size of its units"),
+            "cut": MOST_TOKENS if len(tokens) > MOST_TOKENS else 0,
+        }
+
+
+def show_panel(view: Inspectable, module: int, *, n_heads: int = 4) -> CircuitPanel:
+    """The graph of a circuit with everything about one module under it, for a notebook or a page.
+
+    Args:
+        view: the circuit.
+        module: number of the module.
+        n_heads: heads whose attention is drawn, those with the largest scores.
+
+    Raises:
+        InputError: the circuit has no such module, or `n_heads` is below 1.
+
+    Example:
+        >>> "Where it is active" in show_panel(view, 0)._repr_html_()
+        True
+    """
+    module_name(view, module)
+    check_integer("n_heads", n_heads, least=1)
+    return CircuitPanel(view, module, n_heads)
+
+
+def module_name(view: Drawable, module: int) -> str:
+    """The label of a module without its layers.
+
+    Raises:
+        InputError: the circuit has no such module.
+
+    Example:
+        >>> module_name(view, 0)
+        '0 poem · rose'
+    """
+    nodes = view.nodes[view.nodes["kind"] == "module"]
+    own = nodes[nodes["index"] == module]
+    if own.empty:
+        refuse("module", got=module, want=f"one of {sorted(set(nodes['index'].tolist()))}")
+    return short_label(own.iloc[0].to_dict())
+
+
+def _sources(table: pd.DataFrame, pair: tuple[int, int], total: float) -> dict[str, str]:
+    """The tokens that a head gets most from."""
+    own = table[(table["layer"] == pair[0]) & (table["head"] == pair[1])]
+    top = own.sort_values("score", key=np.abs, ascending=False, kind="stable").head(_N_SOURCES)
+    told = [
+        f"{visible(str(row['source_token'])).strip()} ({row['source_pos']}) {signed(row['score'])}"
+        for row in top.to_dict("records")
+    ]
+    return {"head": f"L{pair[0]}H{pair[1]}", "score": signed(float(total)), "tokens": ",  ".join(told)}
