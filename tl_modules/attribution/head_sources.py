@@ -17,7 +17,7 @@ from tl_modules.attribution.direct import Readout, last_pass
 from tl_modules.attribution.logit import check_target
 from tl_modules.attribution.read import PromptBatch, order_of, read_batches
 from tl_modules.attribution.scores import Block, Scores
-from tl_modules.attribution.targets import Answer, Target, make_target
+from tl_modules.attribution.targets import Answer, ModuleTarget, Target, make_target
 
 _PATTERN, _VALUE, _Z = (f"blocks.{{}}.attn.hook_{name}" for name in ("pattern", "v", "z"))
 _TOLERANCE = 1e-2
