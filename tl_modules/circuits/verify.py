@@ -39,7 +39,7 @@ class Verification:
         >>> table = pd.DataFrame({"kind": "head", "name": ["L0H0", "L0H1", "L1H0"], "prompt": 0,
         ...     "picked": "top", "predicted": [-2.0, 0.5, 0.1], "measured": [-1.8, 0.6, 0.0]})
         >>> Verification("zero", table)
-        Verification(zero ablation: heads rank correlation 1.00, R² 0.97 of 3)
+        Verification(zero ablation: heads rank correlation 1.00, R² 0.98 of 3)
     """
 
     method: str
@@ -53,13 +53,17 @@ class Verification:
         """
         return pd.DataFrame({kind: _agreement(own) for kind, own in self.table.groupby("kind", sort=False)}).T
 
-    def __str__(self) -> str:
-        parts = []
+    def lines(self) -> list[str]:
+        """One line a kind: how well the scores foretold the ablation."""
+        found = []
         for kind, row in self.summary().iterrows():
             ranks = row["rank_correlation"]
             text = f"{kind}s rank correlation {ranks:.2f}, R² {row['r2']:.2f} of {int(row['n'])}"
-            parts.append(text + (" (does not predict)" if ranks < POOR else ""))
-        return f"{self.method} ablation: {'; '.join(parts)}"
+            found.append(text + (" (does not predict)" if ranks < POOR else ""))
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.method} ablation: {'; '.join(self.lines())}"
 
     def __repr__(self) -> str:
         return f"Verification({self})"

@@ -45,9 +45,13 @@ class CircuitView(ShowsItself, CircuitNumbers):
     @property
     def header(self) -> list[str]:
         """The target's value, the method, and whether intervention agrees."""
-        verified = "not verified: view.verify()" if self.verification is None else str(self.verification)
-        how = f"nodes by {self._scores.method}, edges by gradient"
-        return [f"value {self.values.mean():.3f}", how, verified]
+        lines = [f"value {self.values.mean():.3f}; nodes by {self._scores.method}, edges by gradient"]
+        if self.verification is None:
+            return [*lines, "not verified: view.verify()"]
+        return [
+            *lines,
+            *(f"{self.verification.method} ablation: {line}" for line in self.verification.lines()),
+        ]
 
     @cached_property
     def nodes(self) -> pd.DataFrame:
