@@ -18,10 +18,10 @@ test: $(VENV)/dev.done ## Run the whole suite: lint, types, tests, doctests, not
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-tl4: $(TL4)/done ## Run the neuron tests on transformer-lens 4, without sae-lens.
-	$(TL4)/bin/python -m pytest $(TL4_TESTS)
+	OMP_NUM_THREADS=1 $(TL4)/bin/python -m pytest --numprocesses auto --dist loadfile $(TL4_TESTS)
 
 check: test test-tl4 ## Everything that CI runs.
 
@@ -39,9 +39,11 @@ $(VENV)/dev.done: $(VENV)/demo.done
 # transformer-lens 4 and sae-lens exclude each other: the package goes in without its dependencies. pandas is free, so
 # that both pandas 2 and 3 are tested.
 TL4_TESTS := tests/test_host.py tests/test_bases.py tests/test_heads.py tests/test_sparse.py tests/test_prefix.py tests/test_collection.py \
-	tests/test_prompts.py tests/test_activations.py tests/test_demo.py tests/test_cli.py tests/test_planted.py
+	tests/test_prompts.py tests/test_activations.py tests/test_demo.py tests/test_cli.py tests/test_planted.py \
+	tests/test_gradient.py tests/test_logit.py tests/test_logprob.py tests/test_queries.py tests/test_interventions.py \
+	tests/test_paths.py tests/test_circuits.py tests/test_circuit_view.py tests/test_verify.py
 TL4_PACKAGES := 'transformer-lens>=4.3,<5' numpy scipy scikit-learn numba pandas pyarrow safetensors plotly \
-	jinja2 networkx tqdm typer jaxtyping einops gguf datasets pytest hypothesis beartype
+	jinja2 networkx tqdm typer jaxtyping einops gguf datasets pytest pytest-xdist hypothesis beartype
 
 TL4_INSTALL = $(TL4)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(TL4)/constraints.txt
 
