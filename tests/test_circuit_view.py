@@ -271,3 +271,16 @@ def test_candidates_that_look_alike_are_kept_apart(llama, view):
     table = view.logits_of([alike[0], 7, alike[1]])
     for column, token in zip(table.columns, [alike[0], 7, alike[1]], strict=True):
         np.testing.assert_allclose(table[column], view.logits_of([token]).iloc[:, 0], atol=1e-6)
+
+
+def test_it_shows_itself(view, several, tmp_path):
+    assert view.show().module == view.module_scores()["score"].abs().idxmax()
+    assert view.show(2).module == 2
+    assert view._repr_html_().count("<svg") == 1
+    assert len(repr(view.plot())) < 100
+    page, picture = view.plot().save(tmp_path / "graph.html"), several.plot(0.5).save(tmp_path / "graph.svg")
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert picture.read_text(encoding="utf-8").startswith("<svg")
+    assert type(view.plot().figure()).__name__ == "Figure"
+    with pytest.raises(InputError, match="path: got '.gif'"):
+        view.plot().save(tmp_path / "graph.gif")

@@ -60,6 +60,8 @@ def circuit(
         target: "logprob", "logit" or "logit_difference" of the answer at the last position, or "loss"; or a
             module, `modules[k]`, for the mean |value| of its units at the last position.
         corrupted: prompts with as many tokens each, to compare activations with; None compares with zero.
+            Zero asks what the answer needs at all; to see what tells it from another one, such as Paris from
+            Berlin, give the prompts of the other one.
         method: how nodes are scored, see `gradient_scores`.
         basis: the basis that the modules were found on; None where all units are neurons or heads.
         bands: into how many bands of layers modules are split, or the first layers of the bands.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class CircuitPlot:
     """The layered graph of a circuit; a notebook shows it where it is a cell's output."""
 
-    view: Any
+    view: Any = field(repr=False)
     threshold: float | None = None
 
     def figure(self) -> Figure:
@@ -64,11 +64,11 @@ class ShowsItself:
         """
         return CircuitPlot(self, threshold)
 
-    def show(self, module: int = 0, *, n_heads: int = 4) -> CircuitPanel:
+    def show(self, module: int | None = None, *, n_heads: int = 4) -> CircuitPanel:
         """The graph, and of one module the heads that feed it, where they look and where it is active.
 
         Args:
-            module: its number.
+            module: its number; None for the one with the largest |score|.
             n_heads: heads whose attention is drawn.
 
         Returns:
@@ -79,7 +79,10 @@ class ShowsItself:
         """
         from tl_modules.viz import show_panel
 
-        return show_panel(self, module, n_heads=n_heads)  # type: ignore[arg-type]
+        view: Any = self
+        if module is None:
+            module = int(view.module_scores()["score"].abs().idxmax())
+        return show_panel(view, module, n_heads=n_heads)
 
     def _repr_html_(self) -> str:
         return self.plot()._repr_html_()

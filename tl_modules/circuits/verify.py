@@ -51,7 +51,8 @@ class Verification:
 
         R² is of the predictions as they are, without a fit: 1 is perfect, below 0 is worse than the mean.
         """
-        return pd.DataFrame({kind: _agreement(own) for kind, own in self.table.groupby("kind", sort=False)}).T
+        found = {kind: _agreement(own) for kind, own in self.table.groupby("kind", sort=False)}
+        return pd.DataFrame.from_dict(found, orient="index").astype({"n": int})
 
     def lines(self) -> list[str]:
         """One line a kind: how well the scores foretold the ablation."""
