@@ -6,10 +6,11 @@ import torch
 from tiny_models import ALL_MODELS, N_HEADS, N_LAYERS
 
 from tl_modules._checks import InputError
+from tl_modules._linear import EMBEDDED
 from tl_modules.attribution import gradient
 from tl_modules.attribution.gradient import METHODS, gradient_attribution, gradient_scores
 from tl_modules.attribution.read import read_batches
-from tl_modules.attribution.record import EMBEDDED, record
+from tl_modules.attribution.record import record
 from tl_modules.attribution.scores import COLUMNS
 from tl_modules.attribution.targets import make_target
 from tl_modules.bases import NeuronBasis

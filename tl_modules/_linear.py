@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_modules._frozen import final_norm
 from tl_modules._hooks import resolve
-from tl_modules._weights import norm_gain
 
 _NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
 EMBEDDED = "blocks.0.hook_resid_pre"
@@ -67,20 +67,11 @@ class Readout:
 def readout(model: Any) -> Readout:
     """How this model's logits are read from the normalised residual stream."""
     unembed = model.W_U.detach()
-    like = unembed[:, 0]
-    gain, bias = torch.ones_like(like), torch.zeros_like(like)
-    name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-    if _has_scale(model.ln_final):
-        name, gain, bias = "ln_final.hook_normalized", norm_gain(model.ln_final, like), _bias(model, like)
+    like, norm = unembed[:, 0], final_norm(model)
     own = getattr(model, "b_U", None)
-    zero = torch.zeros_like(unembed[0])
-    return Readout(name, gain.to(like), bias.to(like), unembed, zero if own is None else own.detach())
-
-
-def _bias(model: Any, like: Tensor) -> Tensor:
-    raw = getattr(model.ln_final, "original_component", None)
-    if raw is None:
-        stored = getattr(model.ln_final, "b", None)
-        return torch.zeros_like(like) if stored is None else stored.detach()
-    with torch.no_grad():
-        return raw(torch.zeros_like(like)[None, None])[0, 0]
+    unembed_bias = torch.zeros_like(unembed[0]) if own is None else own.detach()
+    if norm is None:
+        name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+        return Readout(name, torch.ones_like(like), torch.zeros_like(like), unembed, unembed_bias)
+    name = norm.scale_name.replace("hook_scale", "hook_normalized")
+    return Readout(name, norm.gain.to(like), norm.bias.to(like), unembed, unembed_bias)

@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_modules._frozen import HALVES, Directions, Half, Scales, final_norm, softcap_of, way_out
+from tl_modules._linear import EMBEDDED
 from tl_modules._places import layer_of, part_written
 from tl_modules.attribution.components import component_gradients
 from tl_modules.attribution.read import PromptBatch
-from tl_modules.attribution.record import EMBEDDED
 from tl_modules.host import hooked, logits_of, mlp_write_matrix
 from tl_modules.sites import Site
 from tl_modules.unit_values import Components, read_components

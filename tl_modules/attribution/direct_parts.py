@@ -12,11 +12,11 @@ from jaxtyping import Int
 
 from tl_modules._checks import refuse
 from tl_modules._frozen import HALVES, Half
+from tl_modules._linear import EMBEDDED
 from tl_modules._module_sites import matching_sites
 from tl_modules._places import layer_of, part_written
 from tl_modules.attribution.direct import LastPass, Readout, Shares, last_pass, steps
 from tl_modules.attribution.read import PromptBatch
-from tl_modules.attribution.record import EMBEDDED
 from tl_modules.attribution.scores import NOWHERE
 from tl_modules.bases import HeadBasis, HeadSite, NeuronSite, as_basis
 from tl_modules.modules import Modules

@@ -20,9 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_modules._checks import check_choice, check_integer, refuse
+from tl_modules._linear import EMBEDDED
 from tl_modules.attribution.components import component_gradients
 from tl_modules.attribution.read import PromptBatch, order_of, read_batches
-from tl_modules.attribution.record import EMBEDDED, Activations, Recorded, record
+from tl_modules.attribution.record import Activations, Recorded, record
 from tl_modules.attribution.scores import Scores
 from tl_modules.attribution.sources import read_sources
 from tl_modules.attribution.targets import Answer, make_target

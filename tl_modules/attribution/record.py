@@ -11,11 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_modules._linear import EMBEDDED
 from tl_modules.attribution.read import PromptBatch
 from tl_modules.host import hooked, logits_of
-
-EMBEDDED = "blocks.0.hook_resid_pre"
-"""Where the residual stream begins: token and position embeddings together."""
 
 Activations = dict[str, Tensor]
 Objective = Callable[[Tensor, PromptBatch, Activations], Tensor]

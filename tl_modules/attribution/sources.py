@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_modules._linear import EMBEDDED
 from tl_modules._module_sites import matching_sites
-from tl_modules.attribution.record import EMBEDDED
 from tl_modules.attribution.scores import Block
 from tl_modules.bases import HeadBasis, as_basis
 from tl_modules.modules import Modules

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_modules._linear import EMBEDDED
 from tl_modules.attribution.components import component_gradients
 from tl_modules.attribution.read import PromptBatch
-from tl_modules.attribution.record import EMBEDDED, Activations, record, running
+from tl_modules.attribution.record import Activations, record, running
 from tl_modules.attribution.targets import ModuleTarget, Target
 from tl_modules.bases import HeadBasis
 from tl_modules.circuits.points import ATTENTION as _ATTENTION
