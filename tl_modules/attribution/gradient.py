@@ -35,7 +35,7 @@ from tl_modules.unit_values import read_components
 
 Method = Literal["two_point", "input_x_gradient", "attribution_patching", "integrated_gradients"]
 METHODS = ("two_point", "input_x_gradient", "attribution_patching", "integrated_gradients")
-N_GROUPS, GROUP_SIZE = 5, 10
+N_GROUPS, GROUP_SIZE = 5, 14
 """How many heads the two-point method looks at twice, and how many of these at a time."""
 
 
@@ -75,8 +75,8 @@ def gradient_scores(
     """First-order effect of every embedding, head, unit and module on a target.
 
     - two_point: input_x_gradient, or with corrupted prompts the change of the activation from these times the
-      gradient on the clean prompt; and for the 50 heads that matter most by it, the mean of this gradient
-      and that with the head halfway to what it is compared with. Ten heads, spread over the layers, are
+      gradient on the clean prompt; and for the 70 heads that matter most by it, the mean of this gradient
+      and that with the head halfway to what it is compared with. Fourteen, spread over the layers, are
       brought there at a time, so that all takes 6 forward and backward passes. It foretells what ablating a
       head does better than the others do.
     - input_x_gradient: activation times gradient on the prompt: minus the predicted effect of zeroing it.
