@@ -117,7 +117,11 @@ class HeadSite(Site):
 
     def __init__(self, model: Any, layer: int) -> None:
         super().__init__(f"blocks.{layer}.attn.hook_z", layer, describe(model).n_heads)
-        self._matrices = head_write_matrices(model, layer)
+        self._model = model
+
+    @cached_property
+    def _matrices(self) -> Float[Tensor, "head d_head d_model"]:
+        return head_write_matrices(self._model, self.layer)
 
     @cached_property
     def _triangles(self) -> Float[Tensor, "head d_head d_head"]:

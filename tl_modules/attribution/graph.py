@@ -16,6 +16,7 @@ from tl_modules._checks import check_integer, refuse
 from tl_modules.attribution import pruning
 from tl_modules.attribution.frozen import Aim, FrozenPrompt, Write
 from tl_modules.attribution.graph_json import graph_document, write_graph
+from tl_modules.attribution.read import token_texts
 from tl_modules.host import describe
 from tl_modules.modules import Modules
 
@@ -247,12 +248,6 @@ class LocalGraph:
     def _numbered(self) -> LocalGraph:
         """The same graph with a column `row` in `nodes`, which survives pruning."""
         return replace(self, nodes=self.nodes.assign(row=range(len(self.nodes))))
-
-
-def token_texts(model: Any, tokens: Tensor) -> list[str]:
-    """Tokens as text, or as numbers where the model has no tokenizer."""
-    tokenizer = getattr(model, "tokenizer", None)
-    return [str(int(token)) if tokenizer is None else tokenizer.decode([int(token)]) for token in tokens]
 
 
 def _check_row(argument: str, row: int, known: Mapping[int, object]) -> None:

@@ -116,12 +116,18 @@ def _terms(readout: Readout, layer: int) -> Float[Tensor, "batch pos head"]:
     pattern = kept[_PATTERN.format(layer)].to(like)
     n_heads = pattern.shape[1]
     z = kept[_Z.format(layer)].to(like).reshape(len(pattern), n_heads, -1)
-    values = kept[_VALUE.format(layer)].to(like)
-    values = values.reshape(*values.shape[:2], -1, z.shape[-1])
-    values = values.repeat_interleave(n_heads // values.shape[2], dim=2)
+    values = values_by_head(kept[_VALUE.format(layer)].to(like), n_heads, z.shape[-1])
     _check_moved(torch.einsum("bhp,bphd->bhd", pattern, values), z, layer)
     towards = readout.at(_Z.format(layer))[:, 0]
     return torch.einsum("bhp,bphd,bhd->bph", pattern, values, towards)
+
+
+def values_by_head(
+    values: Float[Tensor, "batch pos ..."], n_heads: int, d_head: int
+) -> Float[Tensor, "batch pos head d_head"]:
+    """What passes `attn.hook_v`, for each query head; heads of a group have the same values."""
+    apart = values.reshape(*values.shape[:2], -1, d_head)
+    return apart.repeat_interleave(n_heads // apart.shape[2], dim=2)
 
 
 def _check_moved(

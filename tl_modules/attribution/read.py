@@ -73,3 +73,9 @@ def read_batches(
 def order_of(batches: list[PromptBatch]) -> list[int]:
     """Where each prompt's row is when the batches are put one after the other."""
     return np.argsort(np.concatenate([batch.rows for batch in batches])).tolist()
+
+
+def token_texts(model: Any, tokens: list[int] | Int[Tensor, " pos"]) -> list[str]:
+    """Tokens as text, or as numbers where the model has no tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return [str(int(token)) if tokenizer is None else tokenizer.decode([int(token)]) for token in tokens]

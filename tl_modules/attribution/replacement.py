@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 
 from tl_modules._checks import UnsupportedModelError, check_integer, refuse
 from tl_modules.attribution.frozen import Aim, FrozenPrompt, Leaves
-from tl_modules.attribution.graph import LocalGraph, token_texts
+from tl_modules.attribution.graph import LocalGraph
 from tl_modules.attribution.graph_nodes import GraphNodes
 from tl_modules.attribution.logit_nodes import LogitNodes, LogitTarget, logit_nodes
 from tl_modules.attribution.pruning import normalized
-from tl_modules.attribution.read import read_batches
+from tl_modules.attribution.read import read_batches, token_texts
 from tl_modules.host import describe
 from tl_modules.sites import Basis
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_modules.attribution.head_sources import values_by_head
 from tl_modules.circuits.edges import edges_of
 from tl_modules.circuits.numbers import CircuitNumbers
 from tl_modules.host import forward, hooked
@@ -48,8 +49,7 @@ def _terms(
     values: Float[Tensor, "key ..."],
 ) -> Float[Tensor, "key head"]:
     """A head's z is its pattern times its values: the part of each source token."""
-    by_head = values.reshape(len(values), -1, slopes.shape[2])
-    by_head = by_head.repeat_interleave(slopes.shape[1] // by_head.shape[1], dim=1)
+    by_head = values_by_head(values[None], *slopes.shape[1:])[0]
     return torch.einsum("hqk,khd,qhd->kh", pattern.to(slopes), by_head.to(slopes), slopes)
 
 

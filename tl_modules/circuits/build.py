@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from tl_modules._checks import check_integer, refuse
 from tl_modules._module_sites import matching_sites
 from tl_modules.attribution.gradient import Method
-from tl_modules.attribution.read import order_of
+from tl_modules.attribution.read import order_of, token_texts
 from tl_modules.attribution.targets import Answer
 from tl_modules.circuits.asked import Asked
 from tl_modules.circuits.edges import Edges, Wanted, edges_of
@@ -82,7 +82,7 @@ def circuit(
     batches, others = asked.batches()
     scores = asked.scores()
     heads = _top_heads(scores.tensor("head").sum(2).mean(0), n_heads)
-    tokens = _token_texts(model, batches[0].tokens[0].tolist()) if len(scores.targets) == 1 else []
+    tokens = token_texts(model, batches[0].tokens[0].tolist()) if len(scores.targets) == 1 else []
     plan = Plan(starts, model.cfg.n_layers, list(modules.names), heads, tokens)
     groups = [
         torch.tensor([plan.group(place.layer, int(label)) for label in own])
@@ -124,14 +124,9 @@ def _top_heads(scores: Float[Tensor, "layer head"], n_heads: int) -> list[tuple[
     return [divmod(index, scores.shape[1]) for index in sorted(order)]
 
 
-def _token_texts(model: Any, tokens: list[int]) -> list[str]:
-    tokenizer = getattr(model, "tokenizer", None)
-    return [str(token) if tokenizer is None else tokenizer.decode([token]) for token in tokens]
-
-
 def _text(model: Any, prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt[0], int):
-        return "".join(_token_texts(model, list(prompt)))
+        return "".join(token_texts(model, list(prompt)))
     return "\n".join(message["content"] for message in prompt)
