@@ -9,13 +9,13 @@ import torch
 from tiny_models import ALL_MODELS, D_HEAD, D_MLP, N_HEADS
 
 from tl_modules._checks import InputError
+from tl_modules._new_values import no_row_its_own
 from tl_modules.activations import UnitActivations
 from tl_modules.bases import HeadBasis, NeuronBasis
 from tl_modules.interventions import (
     ablate,
     ablate_rows,
     ablation_hooks,
-    no_row_its_own,
     reference_means,
     steer,
 )

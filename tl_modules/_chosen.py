@@ -60,7 +60,30 @@ def chosen_units(
     row = np.repeat(np.arange(len(rows)), [len(labels) for labels in named])
     mask = torch.zeros(len(rows), sum(site.n_units for site in sites), dtype=torch.bool)
     mask[torch.from_numpy(row), torch.from_numpy(where)] = True
-    parts = torch.functional.split(mask, [site.n_units for site in sites], dim=1)
+    return _by_site(sites, mask)
+
+
+def mask_of(units: Any, sites: list[Site], *, argument: str = "units") -> Bool[np.ndarray, " unit"]:
+    """Which of all units of `sites` are named, in their order.
+
+    Raises:
+        InputError: something that names no unit of these, or no unit at all.
+    """
+    labels = np.array(_labels(units, own_only=False, argument=argument), dtype=object)
+    if not len(labels):
+        refuse(argument, got="no units", want="at least one")
+    mask = np.zeros(sum(site.n_units for site in sites), dtype=bool)
+    mask[_positions(labels, sites, argument)] = True
+    return mask
+
+
+def chosen_by_mask(sites: list[Site], mask: Bool[np.ndarray, " unit"]) -> list[Chosen]:
+    """The units marked in a mask over all units of `sites`; sites without any are left out."""
+    return _by_site(sites, torch.from_numpy(mask)[None])
+
+
+def _by_site(sites: list[Site], rows: Bool[Tensor, "row unit"]) -> list[Chosen]:
+    parts = torch.functional.split(rows, [site.n_units for site in sites], dim=1)
     return [Chosen(site, part) for site, part in zip(sites, parts, strict=True) if bool(part.any())]
 
 

@@ -6,36 +6,33 @@ Sources: mean and resample ablation, Chan et al. 2022 ("Causal scrubbing") and W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Int
 from torch import Tensor
 
-from tl_modules._checks import check_choice, check_integer, refuse
-from tl_modules._chosen import Chosen, chosen_units
-from tl_modules._edits import Hook, NewValues, edit_hooks
+from tl_modules._checks import refuse
+from tl_modules._chosen import chosen_units
+from tl_modules._edits import Hook, edit_hooks
+from tl_modules._new_values import How, held_at, means_of, new_values, running, scaled_by
 from tl_modules._where import Lengths, Positions, Where
-from tl_modules.host import FiringCounter, hooked
+from tl_modules.host import FiringCounter
 from tl_modules.module import Module
-from tl_modules.sites import Basis, Site
-from tl_modules.unit_values import (
-    Components,
-    UnitMeans,
-    means_at,
-    reference_means,
-    samples_at,
-    site_key,
-    start_token,
-)
+from tl_modules.sites import Basis
+from tl_modules.unit_values import UnitMeans, UnitSamples, reference_means, reference_samples
 
-__all__ = ["UnitMeans", "ablate", "ablate_rows", "ablation_hooks", "reference_means", "steer"]
+__all__ = [
+    "UnitMeans",
+    "UnitSamples",
+    "ablate",
+    "ablate_rows",
+    "ablation_hooks",
+    "reference_means",
+    "reference_samples",
+    "steer",
+]
 
-METHODS = ("zero", "mean", "resample")
 PlainHook = Callable[..., Tensor | None]
 
 
@@ -73,8 +70,9 @@ def ablate(
         lengths: tokens of each row of a right-padded batch, for negative positions and for "resample" (a
             shorter row gives its last real position); None where there is no padding.
         basis: needed for features, and for labels other than those of neurons and heads.
-        reference: prompts, or for "mean" a `UnitMeans` of `reference_means`; run once, when the block is
-            entered. Special tokens and padding do not count.
+        reference: prompts, run once, when the block is entered; or what was made of them before: for "mean"
+            a `UnitMeans` of `reference_means`, for "resample" a `UnitSamples` of `reference_samples`. Special
+            tokens and padding do not count.
         random_state: of "resample"; the same number always draws the same.
 
     Yields:
@@ -91,8 +89,8 @@ def ablate(
         ...
         tl_modules._checks.InputError: method: got 'zeros', expected one of 'zero', 'mean', 'resample'. Did...
     """
-    how = _How(method, positions, lengths, basis, reference, random_state)
-    with _running(model, *_ablation(model, [units], how)) as counter:
+    how = How(method, positions, lengths, basis, reference, random_state)
+    with running(model, *_ablation(model, [units], how)) as counter:
         yield counter
 
 
@@ -131,7 +129,7 @@ def ablation_hooks(
         ...
         tl_modules._checks.InputError: reference: got None, expected prompts or reference means for method...
     """
-    how = _How(method, positions, lengths, basis, reference, random_state)
+    how = How(method, positions, lengths, basis, reference, random_state)
     hooks, _ = _ablation(model, [units], how)
     return [(name, _plain(hook)) for name, hook in hooks.items()]
 
@@ -176,10 +174,10 @@ def ablate_rows(
         ...
         tl_modules._checks.InputError: reference: got None, expected prompts or reference means for method...
     """
-    how = _How(method, positions, lengths, basis, reference, random_state)
+    how = How(method, positions, lengths, basis, reference, random_state)
     if how.method == "resample":
         how.require_reference()
-    with _running(model, *_ablation(model, list(units), how)) as counter:
+    with running(model, *_ablation(model, list(units), how)) as counter:
         yield counter
 
 
@@ -226,135 +224,20 @@ def steer(
         refuse("scale", got=got, want="one of them")
     chosen = chosen_units(model, [units], basis)
     if scale is not None:
-        new = _scaled(float(scale))
+        new = scaled_by(float(scale))
     else:
         source = to_sample_mean_of
         texts = source.samples["text"].tolist() if isinstance(source, Module) else source
-        new = _means(_means_of(model, texts, chosen, basis))
+        new = held_at(means_of(model, texts, chosen, basis))
     where = Where(model, positions, lengths)
-    with _running(model, edit_hooks(chosen, new, where), where) as counter:
+    with running(model, edit_hooks(chosen, new, where), where) as counter:
         yield counter
 
 
-@contextmanager
-def _running(model: Any, hooks: dict[str, Hook], where: Where) -> Iterator[FiringCounter]:
-    with hooked(model, hooks) as counter:
-        yield counter
-    where.check_met()
-
-
-@dataclass(frozen=True)
-class _How:
-    """The options of an ablation, those that need no model checked."""
-
-    method: str
-    positions: Positions
-    lengths: Lengths
-    basis: str | Basis | None
-    reference: Any
-    random_state: int
-
-    def __post_init__(self) -> None:
-        check_choice("method", self.method, METHODS)
-        check_integer("random_state", self.random_state, least=0)
-        if self.method == "mean":
-            self.require_reference()
-        if self.method == "zero" and self.reference is not None:
-            refuse("reference", got="one", want="None for method 'zero'")
-        if self.method == "resample" and isinstance(self.reference, UnitMeans):
-            refuse("reference", got="means", want="prompts for method 'resample'")
-
-    def require_reference(self) -> None:
-        if self.reference is None:
-            want = f"prompts or reference means for method {self.method!r}"
-            refuse("reference", got="None", want=want)
-
-
-def _ablation(model: Any, rows: list[Any], how: _How) -> tuple[dict[str, Hook], Where]:
+def _ablation(model: Any, rows: list[Any], how: How) -> tuple[dict[str, Hook], Where]:
     chosen = chosen_units(model, rows, how.basis)
     where = Where(model, how.positions, how.lengths)
-    return edit_hooks(chosen, _new_values(model, chosen, where, how), where), where
-
-
-def _new_values(model: Any, chosen: list[Chosen], where: Where, how: _How) -> NewValues:
-    if how.method == "zero":
-        return _scaled(0.0)
-    if how.method == "mean":
-        return _means(_means_of(model, how.reference, chosen, how.basis))
-    if how.reference is None:
-        return _of_other_rows(where, how.random_state)
-    sites = [part.site for part in chosen]
-    rng = np.random.default_rng(how.random_state)
-    prepend_bos = start_token(how.basis)
-    return _drawn(samples_at(model, how.reference, sites, rng, prepend_bos=prepend_bos), where, how)
-
-
-def _means_of(model: Any, reference: Any, chosen: list[Chosen], basis: str | Basis | None) -> UnitMeans:
-    if isinstance(reference, UnitMeans):
-        for part in chosen:
-            reference.of(part.site)
-        return reference
-    sites = [part.site for part in chosen]
-    return means_at(model, reference, sites, progress=False, prepend_bos=start_token(basis))
-
-
-def _scaled(scale: float) -> NewValues:
-    def scaled(_site: Site, old: Components) -> Tensor:
-        return old.new_zeros(()) if scale == 0 else old * scale
-
-    return scaled
-
-
-def _means(means: UnitMeans) -> NewValues:
-    return lambda site, _old: means.of(site)
-
-
-def _of_other_rows(where: Where, seed: int) -> NewValues:
-    def other(_site: Site, old: Components) -> Tensor:
-        source = torch.from_numpy(no_row_its_own(len(old), seed)).to(old.device)
-        if where.lengths is None:
-            return old[source]
-        where.check_lengths(len(old))
-        ends = where.lengths.to(old.device)[source] - where.offset
-        pos = torch.arange(old.shape[1], device=old.device)
-        return old[source[:, None], torch.minimum(pos[None], ends[:, None] - 1).clamp(min=0)]
-
-    return other
-
-
-def no_row_its_own(n_rows: int, seed: int) -> Int[np.ndarray, " row"]:
-    """For each row another one, all of them in one random cycle.
-
-    Raises:
-        InputError: there is only one row.
-
-    Example:
-        >>> no_row_its_own(4, seed=0)
-        array([1, 3, 0, 2])
-    """
-    if n_rows < 2:
-        refuse(
-            "tokens",
-            got="a batch of one row",
-            want="other rows to take values from",
-            cure="Run several prompts at once, or give reference prompts.",
-        )
-    order = np.random.default_rng(seed).permutation(n_rows)
-    source = np.empty(n_rows, dtype=np.int64)
-    source[order] = np.roll(order, -1)
-    return source
-
-
-def _drawn(samples: Mapping[str, Tensor], where: Where, how: _How) -> NewValues:
-    def drawn(site: Site, old: Components) -> Tensor:
-        found = samples[site_key(site)]
-        # The same at all sites of a pass, so that the units' values belong together; the same for all rows
-        # of `ablate_rows`, so that they can be compared.
-        rng = np.random.default_rng([how.random_state, where.offset])
-        draws = torch.from_numpy(rng.integers(len(found), size=old.shape[1]))
-        return found[draws.to(found.device)][None]
-
-    return drawn
+    return edit_hooks(chosen, new_values(model, chosen, where, how), where), where
 
 
 def _plain(function: Hook) -> PlainHook:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_modules._checks import refuse
+from tl_modules._checks import check_integer, refuse
 from tl_modules._chosen import chosen_units
 from tl_modules.bases import HeadSite, as_basis
 from tl_modules.batches import Batch, Sequences, assemble, plan
@@ -63,10 +63,30 @@ class UnitMeans:
         Raises:
             InputError: it was not averaged.
         """
-        if site_key(site) not in self.values:
-            cure = "Make the means with the same units or basis."
-            refuse("reference", got=f"means without {site_key(site)}", want="all sites in use", cure=cure)
-        return self.values[site_key(site)]
+        return _found(self.values, site, "means")
+
+
+@dataclass(frozen=True)
+class UnitSamples:
+    """Values of units at random positions of reference prompts; made by `reference_samples`."""
+
+    values: Mapping[str, Float[Tensor, "_ _ _"]]
+    """By site: [sample, unit, component], samples of all sites at the same positions."""
+
+    def of(self, site: Site) -> Float[Tensor, "sample unit component"]:
+        """The samples of one site.
+
+        Raises:
+            InputError: it was not sampled.
+        """
+        return _found(self.values, site, "samples")
+
+
+def _found(values: Mapping[str, Tensor], site: Site, kind: str) -> Tensor:
+    if site_key(site) not in values:
+        cure = f"Make the {kind} with the same units or basis."
+        refuse("reference", got=f"{kind} without {site_key(site)}", want="all sites in use", cure=cure)
+    return values[site_key(site)]
 
 
 def site_key(site: Site) -> str:
@@ -102,13 +122,47 @@ def reference_means(
     Raises:
         InputError: neither units nor basis, or prompts or units that cannot be used.
     """
+    sites = _reference_sites(model, units, basis)
+    return means_at(model, prompts, sites, chat=chat, progress=progress, prepend_bos=start_token(basis))
+
+
+def reference_samples(
+    model: Any,
+    prompts: Any,
+    units: Any = None,
+    *,
+    basis: str | Basis | None = None,
+    random_state: int = 0,
+    chat: bool | str | None = None,
+    progress: bool = True,
+) -> UnitSamples:
+    """Values of units at random positions of prompts, to be used again and again as `reference` of `ablate`.
+
+    Args:
+        model: as for `reference_means`, as are the other arguments.
+        prompts: see there; up to `N_SAMPLED` of their positions are kept, special tokens left out.
+        units: see there.
+        basis: see there.
+        random_state: draws the positions.
+        chat: see there.
+        progress: see there.
+
+    Raises:
+        InputError: see there.
+    """
+    sites = _reference_sites(model, units, basis)
+    rng = np.random.default_rng(check_integer("random_state", random_state, least=0))
+    return samples_at(
+        model, prompts, sites, rng, chat=chat, progress=progress, prepend_bos=start_token(basis)
+    )
+
+
+def _reference_sites(model: Any, units: Any, basis: str | Basis | None) -> list[Site]:
     if units is None and basis is None:
         refuse("basis", got="None", want="a basis or units")
     if units is None:
-        sites = as_basis(basis or "neurons").sites(model)
-    else:
-        sites = [chosen.site for chosen in chosen_units(model, [units], basis)]
-    return means_at(model, prompts, sites, chat=chat, progress=progress, prepend_bos=start_token(basis))
+        return as_basis(basis or "neurons").sites(model)
+    return [chosen.site for chosen in chosen_units(model, [units], basis)]
 
 
 def start_token(basis: str | Basis | None) -> bool | None:
@@ -131,9 +185,9 @@ def means_at(model: Any, prompts: Any, sites: list[Site], *, progress: bool, **h
 
 
 def samples_at(
-    model: Any, prompts: Any, sites: list[Site], rng: np.random.Generator, **how: Any
-) -> dict[str, Float[Tensor, "_ _ _"]]:
-    """Values [sample, unit, component] at up to `N_SAMPLED` random positions, the same for all sites."""
+    model: Any, prompts: Any, sites: list[Site], rng: np.random.Generator, *, progress: bool, **how: Any
+) -> UnitSamples:
+    """`reference_samples` for known sites."""
     tokenized = _tokenized(model, prompts, **how)
     total = int(sum(mask.sum() for mask in tokenized.counted))
     drawn = torch.from_numpy(np.sort(rng.choice(total, min(N_SAMPLED, total), replace=False)))
@@ -143,8 +197,8 @@ def samples_at(
         own = drawn[(drawn >= before) & (drawn < before + len(values))] - before
         found[site_key(site)].append(values[own.to(values.device)])
 
-    _each_position(model, tokenized, sites, visit, progress=False)
-    return {key: torch.cat(parts) for key, parts in found.items()}
+    _each_position(model, tokenized, sites, visit, progress)
+    return UnitSamples({key: torch.cat(parts) for key, parts in found.items()})
 
 
 def _tokenized(

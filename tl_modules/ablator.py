@@ -1,0 +1,97 @@
+"""Ablate one set of units after the other: the basis is read and the reference run only once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool
+
+from tl_modules._checks import InputError
+from tl_modules._chosen import chosen_by_mask, mask_of
+from tl_modules._edits import edit_hooks
+from tl_modules._new_values import How, new_values, running
+from tl_modules._where import Where
+from tl_modules.bases import as_basis
+from tl_modules.host import FiringCounter
+from tl_modules.sites import Basis, units_of
+from tl_modules.unit_values import UnitMeans, UnitSamples, reference_means, reference_samples
+
+UnitMask = Bool[np.ndarray, " unit"]
+"""Which of all units of a basis, in the order of its units table."""
+
+
+class Ablator:
+    """Takes any set of a basis' units out of a model, everywhere in a prompt, as `ablate` does.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        basis: "neurons", "heads" or a `Basis`.
+        method: "zero", "mean" or "resample"; see `ablate`.
+        reference: prompts, `UnitMeans` or `UnitSamples`; needed for "mean" and "resample".
+        chat: how reference prompts are written; see `collect`.
+        random_state: of "resample".
+        progress: show a progress bar over the reference prompts.
+
+    Raises:
+        InputError: see `ablate`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        basis: str | Basis = "neurons",
+        *,
+        method: str = "zero",
+        reference: Any = None,
+        chat: bool | str | None = None,
+        random_state: int = 0,
+        progress: bool = True,
+    ) -> None:
+        How(method, None, None, basis, reference, random_state)
+        self.model, self.basis, self.method = model, as_basis(basis), method
+        self.sites = self.basis.sites(model)
+        self._units: pd.DataFrame | None = None
+        known = reference is None or isinstance(reference, UnitMeans | UnitSamples)
+        if not known and method == "mean":
+            reference = reference_means(model, reference, basis=self.basis, chat=chat, progress=progress)
+        if not known and method == "resample":
+            how: dict[str, Any] = {"random_state": random_state, "chat": chat, "progress": progress}
+            reference = reference_samples(model, reference, basis=self.basis, **how)
+        self._how = How(method, None, None, self.basis, reference, random_state)
+        if method == "resample":
+            self._how.require_reference()
+
+    @property
+    def units(self) -> pd.DataFrame:
+        """One row a unit; what masks are over."""
+        if self._units is None:
+            self._units = units_of(self.sites)
+        return self._units
+
+    def mask(self, units: Any, *, argument: str = "units") -> UnitMask:
+        """Units in any form that `ablate` takes, as a mask.
+
+        Raises:
+            InputError: something that names no unit of the basis.
+        """
+        return mask_of(units, self.sites, argument=argument)
+
+    @contextmanager
+    def without(self, mask: UnitMask) -> Iterator[FiringCounter]:
+        """Ablate the units of `mask` in every forward pass of a `with` block; none marked changes nothing.
+
+        Raises:
+            InputError: a mask of another length.
+        """
+        n_units = sum(site.n_units for site in self.sites)
+        if len(mask) != n_units:
+            raise InputError(f"mask: got {len(mask)} entries, expected {n_units}, one for each unit.")
+        chosen = chosen_by_mask(self.sites, mask)
+        where = Where(self.model)
+        hooks = edit_hooks(chosen, new_values(self.model, chosen, where, self._how), where)
+        with running(self.model, hooks, where) as counter:
+            yield counter

@@ -1,0 +1,162 @@
+"""Prompts as an exam: the loss and rank of each next token, under whatever hooks are on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_modules._checks import InputError, check_integer, refuse
+from tl_modules.batches import Sequences, assemble, plan
+from tl_modules.host import logits_of, tokenizer_of
+from tl_modules.prompts import read_prompts
+from tl_modules.tokens import TokenizedPrompts, TokenSettings, tokenize
+
+BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """How well each next token was foretold, one entry a target, prompt after prompt."""
+
+    prompt: Int[np.ndarray, " target"]
+    """The prompt that the target is in."""
+    token: Int[np.ndarray, " target"]
+    """The token that came."""
+    loss: Float[np.ndarray, " target"]
+    """Minus its log-probability, in nats."""
+    rank: Int[np.ndarray, " target"]
+    """How many tokens had a higher logit."""
+    n_prompts: int
+
+    def mean_loss(self) -> Float[np.ndarray, " prompt"]:
+        """Loss per token of each prompt."""
+        return self._mean(self.loss, np.ones(len(self.token), dtype=bool))
+
+    def accuracy(self, top: int = 1, skip: Collection[int] = ()) -> Float[np.ndarray, " prompt"]:
+        """Share of each prompt's targets among the `top` tokens with the highest logits.
+
+        Args:
+            top: how many may come first.
+            skip: tokens that do not count as targets; nan for a prompt that has no others.
+        """
+        counted = ~np.isin(self.token, list(skip))
+        return self._mean(self.rank < top, counted)
+
+    def _mean(self, values: np.ndarray, counted: Bool[np.ndarray, " target"]) -> Float[np.ndarray, " prompt"]:
+        prompt = self.prompt[counted]
+        total = np.bincount(prompt, values[counted], minlength=self.n_prompts)
+        n_targets = np.bincount(prompt, minlength=self.n_prompts)
+        return np.divide(total, n_targets, out=np.full(self.n_prompts, np.nan), where=n_targets > 0)
+
+
+class Passages:
+    """Prompts, tokenised and batched once, whose next tokens can be scored again and again.
+
+    Targets are the prompt's own tokens that count (no special tokens, no words of a chat template; the first
+    token of a sequence is foretold by nothing), or the tokens of its continuation where there is one.
+
+    Args:
+        model: whose tokenizer reads text.
+        prompts: anything that `collect` takes.
+        continuations: for each prompt the text after it, with its leading space; None for the prompts alone.
+        chat: as in `collect`.
+        max_length: cut prompts to their first so many tokens; continuations stay whole.
+        batch_tokens: positions in a batch, padding included. Its logits are held at once.
+        prepend_bos: whether texts get the start token; None does as the model's own `to_tokens`.
+
+    Raises:
+        InputError: as `collect` does; or a prompt without any target.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Any,
+        *,
+        continuations: Sequence[str] | None = None,
+        chat: bool | str | None = None,
+        max_length: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        prepend_bos: bool | None = None,
+    ) -> None:
+        check_integer("batch_tokens", batch_tokens, least=2)
+        settings = TokenSettings(chat=chat, max_length=max_length, prepend_bos=prepend_bos)
+        tokenized = tokenize(model, read_prompts(prompts), settings)
+        if continuations is not None:
+            tokenized = _continued(model, tokenized, list(continuations))
+        self.samples: pd.DataFrame = tokenized.samples
+        """One row a prompt: text, n_tokens and, if known, category."""
+        targets = [np.append(False, mask[1:]) for mask in tokenized.counted]
+        _check_targets(targets)
+        self.n_targets = np.array([int(mask.sum()) for mask in targets])
+        self._sequences = Sequences(tokenized.tokens, targets, [[i] for i in range(len(targets))])
+        self._plan = plan(self._sequences, 0, batch_tokens)
+        self._first = np.append(0, np.cumsum(self.n_targets))
+
+    def __len__(self) -> int:
+        return len(self.n_targets)
+
+    @property
+    def n_tokens(self) -> int:
+        """Positions of all prompts, padding aside."""
+        return sum(map(len, self._sequences.tokens))
+
+    def token_ids(self) -> Int[np.ndarray, " target"]:
+        """All targets, prompt after prompt."""
+        pairs = zip(self._sequences.tokens, self._sequences.counted, strict=True)
+        return np.concatenate([tokens[mask] for tokens, mask in pairs])
+
+    def scores(self, model: Any) -> TokenScores:
+        """Run all prompts through the model as it is now, hooks included.
+
+        Args:
+            model: the one that the prompts were read for.
+        """
+        loss = np.empty(self._first[-1], dtype=np.float64)
+        rank = np.empty(self._first[-1], dtype=np.int64)
+        for members in self._plan:
+            batch = assemble(self._sequences, members, 0)
+            with torch.no_grad():
+                logits = logits_of(model, batch.tokens, batch.real)
+            for row, prompt in enumerate(members):
+                own = slice(self._first[prompt], self._first[prompt + 1])
+                loss[own], rank[own] = _scored(logits[row], batch.tokens[row], batch.counted[row])
+        of_prompt = np.repeat(np.arange(len(self)), self.n_targets)
+        return TokenScores(of_prompt, self.token_ids(), loss, rank, len(self))
+
+
+def _scored(
+    logits: Float[Tensor, "pos d_vocab"], tokens: Int[Tensor, " pos"], targets: Bool[Tensor, " pos"]
+) -> tuple[Float[np.ndarray, " target"], Int[np.ndarray, " target"]]:
+    where = targets.nonzero()[:, 0].to(logits.device)
+    own = logits[where - 1].float()
+    chosen = own.gather(1, tokens.to(logits.device)[where, None])
+    loss = own.logsumexp(-1) - chosen[:, 0]
+    return loss.double().cpu().numpy(), (own > chosen).sum(-1).cpu().numpy()
+
+
+def _continued(model: Any, tokenized: TokenizedPrompts, continuations: list[str]) -> TokenizedPrompts:
+    n_prompts = len(tokenized.tokens)
+    if len(continuations) != n_prompts:
+        refuse("continuations", got=f"{len(continuations)} texts", want=f"{n_prompts}, one a prompt")
+    ids = tokenizer_of(model)(continuations, add_special_tokens=False)["input_ids"]
+    tokens = [np.append(own, after) for own, after in zip(tokenized.tokens, ids, strict=True)]
+    counted = [
+        np.append(np.zeros(len(own), dtype=bool), np.ones(len(after), dtype=bool))
+        for own, after in zip(tokenized.tokens, ids, strict=True)
+    ]
+    samples = tokenized.samples.assign(n_tokens=[len(row) for row in tokens])
+    return TokenizedPrompts(tokens, counted, samples)
+
+
+def _check_targets(targets: list[Bool[np.ndarray, " _"]]) -> None:
+    for i, mask in enumerate(targets):
+        if not mask.any():
+            raise InputError(f"prompts[{i}]: got no token to foretell, expected one after the first.")
