@@ -33,7 +33,7 @@ ROOMS = [
         "_new_values",
         "interventions",
         "ablator",
-        "knockout",
+        "patching", "knockout",
         "_writes",
         "paths",
     ),

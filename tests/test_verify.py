@@ -15,6 +15,7 @@ from tl_modules.bases import HeadBasis, NeuronBasis
 from tl_modules.circuits.build import circuit
 from tl_modules.circuits.verify import Verification, _picked
 from tl_modules.host import hooked, logits_of
+from tl_modules.patching import patch_rows
 
 PROMPT = "abc de"
 QUICK = {"method": "input_x_gradient", "n_heads": 5, "bands": 2}
@@ -161,10 +162,57 @@ def test_bad_input_is_refused(view, options, message):
         view.verify(**options)
 
 
-def test_corrupted_views_are_refused(view):
-    other = circuit(view.asked.model, view.asked.modules, PROMPT, 7, corrupted=["abd fe"], bands=1, n_heads=2)
-    with pytest.raises(InputError, match="scores relative to corrupted prompts"):
-        other.verify(4)
+CORRUPTED = "abd fe"
+
+
+@pytest.mark.parametrize("method", ["attribution_patching", "two_point"])
+def test_views_with_corrupted_prompts_are_patched(view, method):
+    model, modules = view.asked.model, view.asked.modules
+    other = circuit(model, modules, PROMPT, 7, corrupted=[CORRUPTED], **{**QUICK, "method": method})
+    table = other.verify(6, progress=False).table
+    assert set(table["kind"]) == {"head", "module", "unit"}
+    assert str(other.verification).startswith("patching")
+    (clean,), (corrupted,) = read_batches(model, PROMPT), read_batches(model, CORRUPTED)
+    base, source, sign = clean, corrupted, 1.0
+    if method == "attribution_patching":
+        base, source, sign = corrupted, clean, -1.0
+    for row in table[table["kind"] == "head"].itertuples():
+        layer, head = map(int, row.name[1:].split("H"))
+        wanted = sign * patched_by_hand(model, base.tokens, source.tokens, layer, head)
+        assert row.measured == pytest.approx(wanted, abs=1e-5)
+        assert row.predicted == pytest.approx(-other.head_scores()[0, layer, head])
+    assert np.abs(table["measured"]).max() > 1e-3
+    with pytest.raises(InputError, match="method: got 'zero', expected patch for a view with corrupted"):
+        other.verify(2, method="zero")
+    with pytest.raises(InputError, match="method: got 'patch', expected zero or mean or resample"):
+        view.verify(2, method="patch")
+
+
+@torch.no_grad()
+def patched_by_hand(model, base, source, layer, head):
+    name, kept = f"blocks.{layer}.attn.hook_z", {}
+
+    def exchange(z):
+        apart = z.clone().reshape(*z.shape[:2], N_HEADS, -1)
+        apart[:, :, head] = kept["z"].reshape(apart.shape)[:, :, head]
+        return apart.reshape(z.shape)
+
+    def value():
+        return logits_of(model, base)[0, -1].log_softmax(-1)[7].item()
+
+    with hooked(model, {name: lambda z: kept.__setitem__("z", z.clone())}):
+        logits_of(model, source)
+    before = value()
+    with hooked(model, {name: exchange}):
+        return value() - before
+
+
+def test_patched_prompts_have_one_length(view):
+    with (
+        patch_rows(view.asked.model, ["L0H1"], torch.tensor([[3, 4, 5]])),
+        pytest.raises(InputError, match="tokens: got 2 positions, expected 3"),
+    ):
+        logits_of(view.asked.model, torch.tensor([[3, 4]]))
 
 
 def test_modules_are_verified_without_their_heads(view):

@@ -117,7 +117,7 @@ def _terms(readout: Readout, layer: int) -> Float[Tensor, "batch pos head"]:
     n_heads = pattern.shape[1]
     z = kept[_Z.format(layer)].to(like).reshape(len(pattern), n_heads, -1)
     values = values_by_head(kept[_VALUE.format(layer)].to(like), n_heads, z.shape[-1])
-    _check_moved(torch.einsum("bhp,bphd->bhd", pattern, values), z, layer)
+    check_moved(torch.einsum("bhp,bphd->bhd", pattern, values), z, layer)
     towards = readout.at(_Z.format(layer))[:, 0]
     return torch.einsum("bhp,bphd,bhd->bph", pattern, values, towards)
 
@@ -130,9 +130,14 @@ def values_by_head(
     return apart.repeat_interleave(n_heads // apart.shape[2], dim=2)
 
 
-def _check_moved(
+def check_moved(
     moved: Float[Tensor, "batch head d_head"], z: Float[Tensor, "batch head d_head"], layer: int
 ) -> None:
+    """Refuse attention whose heads do something else than to add up values by their pattern.
+
+    Raises:
+        UnsupportedModelError: what they write is not that sum.
+    """
     if float((moved - z).abs().max()) > _TOLERANCE * float(z.abs().max()):
         raise UnsupportedModelError(
             f"What the heads of layer {layer} write is not their pattern times their values: attention of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_modules.attribution.head_sources import values_by_head
+from tl_modules.attribution.head_sources import check_moved, values_by_head
 from tl_modules.circuits.edges import edges_of
 from tl_modules.circuits.numbers import CircuitNumbers
 from tl_modules.host import forward, hooked
@@ -28,7 +29,7 @@ def attention_table(numbers: CircuitNumbers, module: int, heads: pd.DataFrame) -
     edges = edges_of(asked.model, batch, numbers.wanted, asked.wanted, other, watched=own)
     layers = sorted(set(heads["layer"]))
     seen = _activations(asked.model, batch.tokens, [n for layer in layers for n in _names(layer)])
-    terms = {layer: _terms(edges.slopes[layer][0], *(seen[n][0] for n in _names(layer))) for layer in layers}
+    terms = {layer: _terms(edges.slopes[layer][0], seen, layer) for layer in layers}
     rows = []
     for layer, head in zip(heads["layer"], heads["head"], strict=True):
         pattern = seen[_names(layer)[0]][0, head, len(plan.tokens) - 1]
@@ -40,17 +41,17 @@ def attention_table(numbers: CircuitNumbers, module: int, heads: pd.DataFrame) -
 
 
 def _names(layer: int) -> list[str]:
-    return [f"blocks.{layer}.attn.hook_pattern", f"blocks.{layer}.attn.hook_v"]
+    return [f"blocks.{layer}.attn.hook_{name}" for name in ("pattern", "v", "z")]
 
 
 def _terms(
-    slopes: Float[Tensor, "query head d_head"],
-    pattern: Float[Tensor, "head query key"],
-    values: Float[Tensor, "key ..."],
+    slopes: Float[Tensor, "query head d_head"], seen: Mapping[str, Tensor], layer: int
 ) -> Float[Tensor, "key head"]:
     """A head's z is its pattern times its values: the part of each source token."""
+    pattern, values, z = (seen[name][0].to(slopes) for name in _names(layer))
     by_head = values_by_head(values[None], *slopes.shape[1:])[0]
-    return torch.einsum("hqk,khd,qhd->kh", pattern.to(slopes), by_head.to(slopes), slopes)
+    check_moved(torch.einsum("hqk,khd->qhd", pattern, by_head), z.reshape(slopes.shape), layer)
+    return torch.einsum("hqk,khd,qhd->kh", pattern, by_head, slopes)
 
 
 def head_pattern(numbers: CircuitNumbers, layer: int, head: int) -> Float[np.ndarray, "query key"]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -17,12 +18,14 @@ from tl_modules._checks import check_choice, check_integer, refuse
 from tl_modules.attribution.read import PromptBatch
 from tl_modules.host import hooked, logits_of
 from tl_modules.interventions import ablate_rows
+from tl_modules.patching import patch_rows
 from tl_modules.paths import path_effect
 
 if TYPE_CHECKING:
     from tl_modules.circuits.view import CircuitView
 
 KINDS = ("head", "module", "unit", "edge")
+ABLATIONS = ("zero", "mean", "resample")
 POOR = 0.5
 """A rank correlation below this is called poor."""
 
@@ -64,13 +67,17 @@ class Verification:
         return found
 
     def __str__(self) -> str:
-        return f"{self.method} ablation: {'; '.join(self.lines())}"
+        return f"{_named(self.method)}: {'; '.join(self.lines())}"
 
     def __repr__(self) -> str:
         return f"Verification({self})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self.method} ablation</p>{self.summary().round(3).to_html()}"
+        return f"<p>{_named(self.method)}</p>{self.summary().round(3).to_html()}"
+
+
+def _named(method: str) -> str:
+    return "patching" if method == "patch" else f"{method} ablation"
 
 
 def _agreement(table: pd.DataFrame) -> dict[str, float]:
@@ -97,7 +104,7 @@ def verify_circuit(
     n: int = 20,
     *,
     kinds: Sequence[str] = KINDS,
-    method: str = "zero",
+    method: str | None = None,
     reference: Any = None,
     n_prompts: int = 5,
     random_state: int = 0,
@@ -113,29 +120,29 @@ def verify_circuit(
     Args:
         view: the circuit.
         n: how many parts of each kind; modules are all ablated if there are fewer.
-        kinds: "head", "module", "unit", "edge"; no edges where the target is a module.
+        kinds: "head", "module", "unit", "edge"; no edges where the target is a module or prompts have
+            corrupted ones.
         method: "zero", "mean" or "resample"; see `ablate`. Scores foretell zero ablation; how far they go for
-            the others is what is then seen.
+            the others is what is then seen. Of a view with corrupted prompts "patch": the clean run gets each
+            part as it is on the corrupted prompt, or, where the scores are those of attribution patching, the
+            corrupted run gets it as it is on the clean one. None chooses "zero" or "patch".
         reference: prompts for "mean" and "resample"; None takes the view's own.
         n_prompts: at most so many of the view's prompts.
         random_state: draws the random half, and resamples.
         progress: show a progress bar.
 
     Raises:
-        InputError: an unknown kind or method, or a view of the difference to corrupted prompts.
+        InputError: an unknown kind or method, or a method that is not for this view.
     """
     check_integer("n", n, least=2)
     for kind in kinds:
         check_choice("kinds", kind, KINDS)
-    check_choice("method", method, ("zero", "mean", "resample"))
-    if view.asked.corrupted is not None:
-        cure = "Make a view without corrupted prompts: its scores are about ablation."
-        refuse("view", got="scores relative to corrupted prompts", want="scores about ablation", cure=cure)
-    if method != "zero" and reference is None:
+    method = _checked_method(method, corrupted=view.asked.corrupted is not None)
+    if method in ("mean", "resample") and reference is None:
         reference = view.asked.prompts
     rng = np.random.default_rng(random_state)
     tester = _Tester(view, method, reference, random_state)
-    if tester.target.hook_names:
+    if tester.target.hook_names or method == "patch":
         kinds = [kind for kind in kinds if kind != "edge"]
     todo = [(prompt, kind) for prompt in range(min(n_prompts, view.n_prompts)) for kind in kinds]
     tables = []
@@ -159,6 +166,17 @@ def verify_circuit(
     return Verification(method, pd.concat(tables, ignore_index=True))
 
 
+def _checked_method(method: str | None, *, corrupted: bool) -> str:
+    possible = ("patch",) if corrupted else ABLATIONS
+    check_choice("method", method or possible[0], ("patch", *ABLATIONS))
+    if method is not None and method not in possible:
+        kind = "with" if corrupted else "without"
+        refuse(
+            "method", got=repr(method), want=" or ".join(possible) + f" for a view {kind} corrupted prompts"
+        )
+    return method or possible[0]
+
+
 def _picked(
     scores: Float[np.ndarray, " candidate"], n: int, rng: np.random.Generator
 ) -> list[tuple[int, str]]:
@@ -175,13 +193,14 @@ class _Tester:
         self.view, self.method, self.random_state = view, method, random_state
         asked = view.asked
         self.reference = reference
-        batches, _ = asked.batches()
+        batches, others = asked.batches()
         self.target = asked.wanted
-        self.rows = {
-            int(prompt): batch.tokens[row, : batch.lengths[row]]
-            for batch in batches
-            for row, prompt in enumerate(batch.rows)
-        }
+        self.rows = _rows(batches)
+        self.sources = _rows([other for other in others if other is not None])
+        self.sign = 1.0
+        if asked.method == "attribution_patching":
+            # Its scores foretell what the clean values do to the corrupted run.
+            self.rows, self.sources, self.sign = self.sources, self.rows, -1.0
 
     def measure(self, kind: str, prompt: int, chosen: list[Any]) -> Float[np.ndarray, " candidate"]:
         tokens = self.rows[prompt]
@@ -205,14 +224,19 @@ class _Tester:
             senders, receivers = zip(*some, strict=True)
             found = path_effect(asked.model, tokens, senders, receivers, value, basis=asked.basis)
             return found.double().cpu().numpy()
+        before = self._value(batch)
+        with self._changed(prompt, some, None if kind == "head" else asked.basis):
+            after = self._value(batch)
+        return self.sign * (after - before).double().cpu().numpy()
+
+    def _changed(self, prompt: int, some: list[Any], basis: Any) -> AbstractContextManager[Any]:
+        model = self.view.asked.model
+        if self.method == "patch":
+            return patch_rows(model, some, self.sources[prompt][None], basis=basis)
         options: dict[str, Any] = {} if self.method == "zero" else {"reference": self.reference}
         if self.method == "resample":
             options["random_state"] = self.random_state
-        basis = None if kind == "head" else asked.basis
-        before = self._value(batch)
-        with ablate_rows(asked.model, some, method=self.method, basis=basis, **options):
-            after = self._value(batch)
-        return (after - before).double().cpu().numpy()
+        return ablate_rows(model, some, method=self.method, basis=basis, **options)
 
     def _value(self, batch: PromptBatch) -> Float[Tensor, " batch"]:
         seen: dict[str, Tensor] = {}
@@ -224,6 +248,14 @@ class _Tester:
         with torch.no_grad(), hooked(self.view.asked.model, hooks):
             logits = logits_of(self.view.asked.model, batch.tokens)
             return self.target.values(logits, batch, seen)
+
+
+def _rows(batches: list[PromptBatch]) -> dict[int, Int[Tensor, " _"]]:
+    return {
+        int(prompt): batch.tokens[row, : batch.lengths[row]]
+        for batch in batches
+        for row, prompt in enumerate(batch.rows)
+    }
 
 
 def _heads(view: CircuitView, prompt: int) -> list[Candidate]:
