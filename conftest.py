@@ -1,4 +1,4 @@
-"""Ready-made objects for the examples in docstrings: `acts`, `modules` and a circuit, `view`."""
+"""Ready-made objects for the examples in docstrings: `acts`, `modules`; for views a circuit and causes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ def _ready(request: pytest.FixtureRequest) -> None:
         namespace = request.getfixturevalue("doctest_namespace")
         namespace.update(_examples())
         if request.node.name.startswith("tl_modules.viz."):
+            from causal_results import curve_of, tiny_causes
             from circuit_views import tiny_view
 
-            namespace["view"] = tiny_view()
+            namespace.update(view=tiny_view(), causes=tiny_causes(), dosed=curve_of())
 
 
 @cache

@@ -15,10 +15,11 @@ import tl_modules
 PACKAGE = Path(tl_modules.__file__).parent
 ROOMS = [
     *("_version", "_checks", "_kernels", "objective", "standardize", "sums"),
-    *("_weights", "_hooks", "host", "prefix", "sites", "bases"),
+    *("_weights", "_hooks", "host", "prefix", "sites", "head_dimensions", "bases"),
     *("_saes", "_places", "_frozen", "_linear", "features"),
     *("_store", "activations"),
     *("prompts", "tokens", "reductions", "batches", "_rows", "_sparse_rows", "collection"),
+    *("_group_labels", "active_counts"),
     *("descent", "starts", "search", "estimator", "iterd", "baselines", "methods"),
     *("agreement", "membership", "null"),
     *("words", "_module_facts", "_modules_io", "_tables", "module", "modules", "_module_sites"),
@@ -33,7 +34,8 @@ ROOMS = [
         "_new_values",
         "interventions",
         "ablator",
-        "patching", "knockout",
+        "patching",
+        "knockout",
         "_writes",
         "paths",
     ),
@@ -52,15 +54,24 @@ ROOMS = [
     *("circuits.numbers", "circuits.attention", "circuits.export", "circuits.pictures", "circuits.view"),
     *("circuits.verify", "circuits.build"),
     *("circuits.profile", "circuits"),
-    *("causes.passages", "causes"),
-    *("viz.figure", "viz.panels", "viz.sweep", "viz.hierarchy", "viz.html", "viz.report"),
+    *("causes.passages", "causes.massive", "causes.controls", "causes.statistics", "causes.judged"),
+    *("causes.verdicts", "causes.trial", "causes.selectivity"),
+    *("causes.cross_table", "causes.order", "causes.dose"),
+    *("causes.generation", "causes.topics", "causes.steering", "causes"),
+    *("entropy",),
+    *("separability.importance", "separability.score", "separability.metrics", "separability.exam"),
+    *("separability.prune", "separability.result", "separability.loop", "separability"),
+    *("viz.figure", "viz.panels", "viz.sweep", "viz.hierarchy", "viz.tradeoff"),
+    *("viz.causes", "viz.doses", "viz.causal_section", "viz.html", "viz.report"),
     *("viz.circuit_layout", "viz.circuit_drawing", "viz.circuit_graph", "viz.circuit_plotly"),
     *("viz.attention", "viz.circuit_panels", "viz"),
-    *("demo", "demo_features", "prompt_files", "cli", "__main__"),
+    *("demo", "demo_features", "prompt_files", "causal_report", "cli", "__main__"),
 ]
 DRAWN_BY_METHODS = {("module", "viz"), ("modules", "viz"), ("sweep", "viz"), ("hierarchy", "viz")}
 DRAWN_BY_METHODS |= {("circuits.pictures", "viz"), ("circuits.pictures", "viz.circuit_panels")}
 DRAWN_BY_METHODS |= {("circuits.view", "circuits.verify"), ("circuits.pictures", "viz.circuit_plotly")}
+DRAWN_BY_METHODS |= {("separability.result", "viz")}
+DRAWN_BY_METHODS |= {("causes.dose", "viz"), ("causes.judged", "viz")}
 """`plot`, `report` and `verify` hand themselves to the room that does it."""
 
 

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from tl_modules._checks import InputError, nearest, refuse
 from tl_modules.bases import HeadBasis, NeuronBasis, as_basis
+from tl_modules.head_dimensions import HeadDimensionBasis
 from tl_modules.host import describe
 from tl_modules.module import Module
 from tl_modules.sites import Basis, LayerBasis, Site, units_of
 
 _FORMS = "a Module, a table of units, a label such as 'L3N17' or 'L9H6', or a list of these"
-_LABEL = re.compile(r"L(\d+)([NH])(\d+)")
-_OWN: dict[str, type[LayerBasis]] = {"N": NeuronBasis, "H": HeadBasis}
-_LETTERS = {"neuron": "N", "head": "H"}
+_LABEL = re.compile(r"L(\d+)([NHZ])(\d+)")
+_OWN: dict[str, type[LayerBasis]] = {"N": NeuronBasis, "H": HeadBasis, "Z": HeadDimensionBasis}
+_LETTERS = {"neuron": "N", "head": "H", "head_dimension": "Z"}
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,14 @@ from tl_modules._checks import refuse
 from tl_modules._module_facts import check_same_units
 from tl_modules._tables import ModuleTables
 from tl_modules.bases import HeadBasis, NeuronBasis
+from tl_modules.head_dimensions import HeadDimensionBasis
 from tl_modules.sites import Basis, CompositeBasis, LayerBasis, Site, units_of
 
-_OWN_BASES: dict[str, type[LayerBasis]] = {"neuron": NeuronBasis, "head": HeadBasis}
+_OWN_BASES: dict[str, type[LayerBasis]] = {
+    "neuron": NeuronBasis,
+    "head": HeadBasis,
+    "head_dimension": HeadDimensionBasis,
+}
 
 
 def matching_sites(model: Any, modules: ModuleTables, basis: Basis | None) -> list[Site]:

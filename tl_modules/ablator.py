@@ -14,7 +14,7 @@ from tl_modules._checks import InputError
 from tl_modules._chosen import chosen_by_mask, mask_of
 from tl_modules._edits import edit_hooks
 from tl_modules._new_values import How, new_values, running
-from tl_modules._where import Where
+from tl_modules._where import Positions, Where
 from tl_modules.bases import as_basis
 from tl_modules.host import FiringCounter
 from tl_modules.sites import Basis, units_of
@@ -25,13 +25,14 @@ UnitMask = Bool[np.ndarray, " unit"]
 
 
 class Ablator:
-    """Takes any set of a basis' units out of a model, everywhere in a prompt, as `ablate` does.
+    """Takes any set of a basis' units out of a model, as `ablate` does.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         basis: "neurons", "heads" or a `Basis`.
         method: "zero", "mean" or "resample"; see `ablate`.
         reference: prompts, `UnitMeans` or `UnitSamples`; needed for "mean" and "resample".
+        positions: where in a prompt, None for everywhere; see `ablate`.
         chat: how reference prompts are written; see `collect`.
         random_state: of "resample".
         progress: show a progress bar over the reference prompts.
@@ -47,11 +48,12 @@ class Ablator:
         *,
         method: str = "zero",
         reference: Any = None,
+        positions: Positions = None,
         chat: bool | str | None = None,
         random_state: int = 0,
         progress: bool = True,
     ) -> None:
-        How(method, None, None, basis, reference, random_state)
+        How(method, positions, None, basis, reference, random_state)
         self.model, self.basis, self.method = model, as_basis(basis), method
         self.sites = self.basis.sites(model)
         self._units: pd.DataFrame | None = None
@@ -61,7 +63,7 @@ class Ablator:
         if not known and method == "resample":
             how: dict[str, Any] = {"random_state": random_state, "chat": chat, "progress": progress}
             reference = reference_samples(model, reference, basis=self.basis, **how)
-        self._how = How(method, None, None, self.basis, reference, random_state)
+        self._how = How(method, positions, None, self.basis, reference, random_state)
         if method == "resample":
             self._how.require_reference()
 
@@ -91,7 +93,7 @@ class Ablator:
         if len(mask) != n_units:
             raise InputError(f"mask: got {len(mask)} entries, expected {n_units}, one for each unit.")
         chosen = chosen_by_mask(self.sites, mask)
-        where = Where(self.model)
+        where = Where(self.model, self._how.positions)
         hooks = edit_hooks(chosen, new_values(self.model, chosen, where, self._how), where)
         with running(self.model, hooks, where) as counter:
             yield counter

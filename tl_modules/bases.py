@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_modules._checks import UnsupportedModelError, check_choice
+from tl_modules.head_dimensions import HeadDimensionBasis
 from tl_modules.host import (
     describe,
     head_write_matrices,
@@ -182,7 +183,11 @@ class HeadBasis(LayerBasis):
         return HeadSite(model, layer)
 
 
-_BASES: dict[str, type[LayerBasis]] = {"neurons": NeuronBasis, "heads": HeadBasis}
+_BASES: dict[str, type[LayerBasis]] = {
+    "neurons": NeuronBasis,
+    "heads": HeadBasis,
+    "head_dimensions": HeadDimensionBasis,
+}
 
 
 def as_basis(basis: str | Basis) -> Basis:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,9 @@ from tl_modules._version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from tl_modules.modules import Modules
+    from tl_modules.sites import Basis
 
 KINDS = ("hooked", "bridge")
 _EXPECTED = (TLModulesError, OSError)
@@ -173,12 +176,55 @@ def find(
 def report(
     modules: Annotated[Path, typer.Argument(help="Folder that find wrote.")],
     out: Annotated[Path, typer.Argument(help="The HTML file to write.")] = Path("report.html"),
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Also take each module out and show what that costs which topic.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="With --causal: the model, if it is not the demo's.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Its class; by default the one collected from.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts with a category, best none that modules were found on.")
+    ] = None,
+    prompts_per_category: Annotated[int, typer.Option(help="So many of each category.")] = 10,
+    max_length: Annotated[int | None, typer.Option(help="Cut prompts to so many tokens.")] = None,
+    method: Annotated[str, typer.Option(help="zero, mean or resample ablation.")] = "mean",
+    controls: Annotated[str, typer.Option(help="Random units: layers, strength or both.")] = "layers",
+    n_controls: Annotated[int, typer.Option(help="Random sets for each module.")] = 20,
+    seed: Seed = 0,
 ) -> None:
-    """Write a one-file HTML report."""
+    """Write a one-file HTML report; with --causal, about what each module causes too."""
     from tl_modules.modules import Modules
 
     _check_folder_of(out)
-    typer.echo(f"The report is at {Path(Modules.load(modules).report(out)).resolve()}")
+    found = Modules.load(modules)
+    if not causal:
+        typer.echo(f"The report is at {Path(found.report(out)).resolve()}")
+        return
+    from tl_modules.causal_report import CausalTest, draw_prompts
+
+    source = found.source.get("activations", {})
+    check_choice("--method", method, ("zero", "mean", "resample"))
+    kind = check_choice("--kind", kind or source.get("kind", "bridge"), KINDS)
+    test = CausalTest(
+        method=method,
+        controls=controls,
+        n_controls=n_controls,
+        chat=source.get("chat"),
+        max_length=max_length,
+        random_state=seed,
+    )
+    name = _model_of(source, model)
+    drawn = draw_prompts(found, _prompts_of(name, prompts), prompts_per_category, seed)
+    basis = _basis_of(found, name)
+    typer.echo(
+        f"{len(drawn.tested)} prompts, to be read about {test.n_passes(len(found))} times, more often where "
+        f"modules hold massive units; {drawn.note()}"
+    )
+    findings = test.run(_load_model(name, kind), found, drawn, basis)
+    path = found.report(out, causes=findings.causes, doses=findings.doses, note=findings.note)
+    _print_table(findings.causes.modules[["module", "topic", "effect", "excess", "index", "causal"]])
+    typer.echo(f"\n{findings.causes.note}\nThe report is at {Path(path).resolve()}")
 
 
 @app.command()
@@ -229,6 +275,43 @@ def _load_model(name: str, kind: str) -> Any:
     from transformer_lens import HookedTransformer
 
     return HookedTransformer.from_pretrained(name)
+
+
+def _model_of(source: Mapping[str, Any], given: str | None) -> str:
+    """What was given, else the demo where modules are of its model."""
+    from tl_modules.demo import MODEL_NAME
+
+    name = source.get("model")
+    if given is None and name != MODEL_NAME:
+        refuse("--model", got=f"none, for modules of {name}", want="the name or path of that model")
+    return "demo" if given in (None, MODEL_NAME) else str(given)
+
+
+def _prompts_of(model: str, file: Path | None) -> pd.DataFrame:
+    """The prompts of a file, or the demo's for the demo model."""
+    from tl_modules.demo import load_demo_prompts
+    from tl_modules.prompt_files import read_prompts
+
+    if file is None and model != "demo":
+        refuse("--prompts", got="none", want="a file of prompts with a category each")
+    return load_demo_prompts() if file is None else read_prompts(file)
+
+
+def _basis_of(modules: Modules, model: str) -> str | Basis:
+    """The basis of the modules' units, as far as it can be told from them."""
+    kinds = set(modules.units["kind"])
+    if kinds == {"neuron"}:
+        return "neurons"
+    if kinds == {"head"}:
+        return "heads"
+    if model == "demo" and kinds == {"feature"}:
+        from tl_modules.demo_features import load_demo_features
+
+        return load_demo_features()
+    cure = "In Python, give selectivity the basis, and modules.report its result as causes."
+    return refuse(
+        "modules", got=f"units of kind {', '.join(sorted(kinds))}", want="neurons or heads", cure=cure
+    )
 
 
 def _check_folder_of(file: Path) -> None:

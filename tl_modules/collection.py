@@ -108,16 +108,16 @@ def collect(
     _check_threshold(threshold, sites)
     units = units_of(sites)
     tokenized = tokenize(model, read_prompts(prompts), settings)
-    _warn_of_length(basis.context_size, int(tokenized.samples["n_tokens"].max()))
+    warn_of_length(basis.context_size, int(tokenized.samples["n_tokens"].max()))
     source = describe(model).source()
-    batch_tokens = _batch_tokens(batch_tokens, source["device"])
+    batch_tokens = default_batch_tokens(batch_tokens, source["device"])
     source |= basis.source(model) | {
         "reduce": reduce,
         **vars(settings),
         "threshold": float(threshold),
         "batch_tokens": batch_tokens,
         "n_samples": len(tokenized.tokens),
-        "prompts_sha256": _digest(tokenized),
+        "prompts_sha256": digest_of(tokenized),
         "package_version": __version__,
     }
     if store is not None:
@@ -130,7 +130,8 @@ def collect(
     return rows.finish(tokenized.samples, units)
 
 
-def _warn_of_length(context_size: int | None, longest: int) -> None:
+def warn_of_length(context_size: int | None, longest: int) -> None:
+    """Warn of prompts longer than the SAEs were trained on."""
     if context_size is not None and longest > context_size:
         message = (
             f"Prompts have up to {longest} tokens, the SAEs were trained on {context_size} (context_size): "
@@ -181,7 +182,13 @@ def _token_settings(
     return TokenSettings(chat, False, max_length, "paper")
 
 
-def _batch_tokens(given: int | None, device: str) -> int:
+def default_batch_tokens(given: int | None, device: str) -> int:
+    """Positions in a batch: as given and checked, else what suits the device.
+
+    Example:
+        >>> default_batch_tokens(None, "cpu")
+        192
+    """
     if given is not None:
         return check_integer("batch_tokens", given, least=1)
     return 192 if device == "cpu" else 8192
@@ -270,7 +277,7 @@ def _dense(values: Values) -> np.ndarray:
     return values.toarray() if sparse.issparse(values) else np.asarray(values)
 
 
-def _digest(tokenized: TokenizedPrompts) -> str:
+def digest_of(tokenized: TokenizedPrompts) -> str:
     """SHA-256 of the token ids, of what counts and of the table beside them."""
     digest = hashlib.sha256(tokenized.samples.to_json(orient="split").encode())
     for ids, mask in zip(tokenized.tokens, tokenized.counted, strict=True):

@@ -231,8 +231,23 @@ class Modules(ModuleTables):
 
         return overview(self)
 
-    def report(self, path: str | Path, *, title: str | None = None) -> Path:
+    def report(
+        self,
+        path: str | Path,
+        *,
+        title: str | None = None,
+        causes: Any = None,
+        doses: Any = None,
+        note: str = "",
+    ) -> Path:
         """Write one HTML file that opens offline; see `tl_modules.viz.write_report`.
+
+        Args:
+            path: where the file goes.
+            title: headline.
+            causes: a `Selectivity` of these modules, for the section on what each causes.
+            doses: a `Dose` by title, for the same section.
+            note: a sentence about the prompts of the causal tests, likewise.
 
         Example:
             >>> import tempfile
@@ -242,7 +257,7 @@ class Modules(ModuleTables):
         """
         from tl_modules.viz import write_report
 
-        return write_report(self, path, title=title)
+        return write_report(self, path, title=title, causes=causes, doses=doses, note=note)
 
     def save(self, path: str | Path) -> None:
         """Write a folder (safetensors, Parquet, JSON), whole or not at all; replaces an older one.

@@ -180,7 +180,7 @@ def means_at(model: Any, prompts: Any, sites: list[Site], *, progress: bool, **h
         sums[key] = sums.get(key, 0) + values.sum(0, dtype=torch.float64)
         kept[key] = torch.promote_types(values.dtype, torch.float32)
 
-    n = _each_position(model, _tokenized(model, prompts, **how), sites, visit, progress)
+    n = each_position(model, _tokenized(model, prompts, **how), sites, visit, progress)
     return UnitMeans({key: (total / n).to(kept[key]) for key, total in sums.items()}, n)
 
 
@@ -197,7 +197,7 @@ def samples_at(
         own = drawn[(drawn >= before) & (drawn < before + len(values))] - before
         found[site_key(site)].append(values[own.to(values.device)])
 
-    _each_position(model, tokenized, sites, visit, progress)
+    each_position(model, tokenized, sites, visit, progress)
     return UnitSamples({key: torch.cat(parts) for key, parts in found.items()})
 
 
@@ -207,15 +207,35 @@ def _tokenized(
     return tokenize(model, read_prompts(prompts), TokenSettings(chat=chat, prepend_bos=prepend_bos))
 
 
-def _each_position(
-    model: Any, tokenized: TokenizedPrompts, sites: list[Site], visit: Visit, progress: bool
+def each_position(
+    model: Any,
+    tokenized: TokenizedPrompts,
+    sites: list[Site],
+    visit: Visit,
+    progress: bool,
+    *,
+    desc: str = "reference",
+    batch_tokens: int = BATCH_TOKENS,
 ) -> int:
-    """Run all prompts and show the values at counted positions; their number."""
+    """Run all prompts up to the last site and show the values at counted positions.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        tokenized: the prompts.
+        sites: where to look.
+        visit: called for each site and batch, inside the forward pass.
+        progress: show a progress bar over the batches.
+        desc: what stands before the bar.
+        batch_tokens: positions in a batch, padding included.
+
+    Returns:
+        How many positions were counted.
+    """
     samples = [[i] for i in range(len(tokenized.tokens))]
     sequences = Sequences(tokenized.tokens, tokenized.counted, samples)
     stop = 1 + max(site.layer for site in sites)
     n = 0
-    for members in tqdm(plan(sequences, 0, BATCH_TOKENS), desc="reference", disable=not progress):
+    for members in tqdm(plan(sequences, 0, batch_tokens), desc=desc, disable=not progress):
         batch = assemble(sequences, members, 0)
         with hooked(model, _visits(sites, visit, batch, n)) as counter:
             forward(model, batch.tokens, batch.real, stop_at_layer=stop)

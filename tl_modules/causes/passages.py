@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_modules._checks import InputError, check_integer, refuse
-from tl_modules.batches import Sequences, assemble, plan
+from tl_modules.batches import Batch, Sequences, assemble, plan
 from tl_modules.host import logits_of, tokenizer_of
 from tl_modules.prompts import read_prompts
 from tl_modules.tokens import TokenizedPrompts, TokenSettings, tokenize
@@ -113,6 +113,20 @@ class Passages:
         pairs = zip(self._sequences.tokens, self._sequences.counted, strict=True)
         return np.concatenate([tokens[mask] for tokens, mask in pairs])
 
+    def token_lists(self) -> list[list[int]]:
+        """All tokens of each prompt."""
+        return [tokens.tolist() for tokens in self._sequences.tokens]
+
+    @property
+    def n_batches(self) -> int:
+        """Forward passes that reading all prompts takes."""
+        return len(self._plan)
+
+    def batches(self) -> Iterator[tuple[list[int], Batch]]:
+        """The prompts of each batch, and the batch: a row a prompt, targets counted."""
+        for members in self._plan:
+            yield members, assemble(self._sequences, members, 0)
+
     def scores(self, model: Any) -> TokenScores:
         """Run all prompts through the model as it is now, hooks included.
 
@@ -121,8 +135,7 @@ class Passages:
         """
         loss = np.empty(self._first[-1], dtype=np.float64)
         rank = np.empty(self._first[-1], dtype=np.int64)
-        for members in self._plan:
-            batch = assemble(self._sequences, members, 0)
+        for members, batch in self.batches():
             with torch.no_grad():
                 logits = logits_of(model, batch.tokens, batch.real)
             for row, prompt in enumerate(members):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tl_modules._checks import check_integer
+from tl_modules._checks import check_integer, refuse
 from tl_modules._version import __version__
+from tl_modules.causes.dose import Dose
+from tl_modules.causes.judged import Selectivity
 from tl_modules.modules import Modules
+from tl_modules.viz.causal_section import causal_context
 from tl_modules.viz.figure import div, library
 from tl_modules.viz.html import card, render, style, summary_context, write_page
 from tl_modules.viz.panels import history, overview
@@ -24,6 +28,9 @@ def write_report(
     title: str | None = None,
     n_exemplars: int = 5,
     n_units: int = 12,
+    causes: Selectivity | None = None,
+    doses: Mapping[str, Dose] | None = None,
+    note: str = "",
 ) -> Path:
     """Write one HTML file: headline, summary table, figures and a card for each module.
 
@@ -36,12 +43,15 @@ def write_report(
         title: headline; by default made from the model's name.
         n_exemplars: prompts on each card.
         n_units: units on each card.
+        causes: what taking each module out does; it gets a section of its own.
+        doses: curves of growing parts of modules, by title, for that section.
+        note: a sentence about the prompts of the causal tests.
 
     Returns:
         The path written.
 
     Raises:
-        InputError: there is no such folder, or a number is below 1.
+        InputError: there is no such folder, or a number is below 1, or there are doses without causes.
 
     Example:
         >>> import tempfile
@@ -51,10 +61,15 @@ def write_report(
     """
     check_integer("n_exemplars", n_exemplars, least=1)
     check_integer("n_units", n_units, least=1)
-    return write_page(path, lambda: _page(modules, title, n_exemplars, n_units))
+    if doses and causes is None:
+        refuse("doses", got=f"{len(doses)} without causes", want="both", cure="Give causes= as well.")
+    causal = partial(causal_context, modules, causes, doses or {}, note)
+    return write_page(path, lambda: _page(modules, title, n_exemplars, n_units, causal()))
 
 
-def _page(modules: Modules, title: str | None, n_exemplars: int, n_units: int) -> str:
+def _page(
+    modules: Modules, title: str | None, n_exemplars: int, n_units: int, causal: dict[str, Any] | None
+) -> str:
     facts = headline(modules)
     return render(
         "report.html.j2",
@@ -63,6 +78,7 @@ def _page(modules: Modules, title: str | None, n_exemplars: int, n_units: int) -
         settings=_flat(modules.source),
         cards=[card(module, n_exemplars=n_exemplars, n_units=n_units) for module in modules],
         overview=div(overview(modules)),
+        causes=causal,
         history="" if modules.history.empty else div(history(modules)),
         library=library(),
         style=style(),

@@ -1,0 +1,60 @@
+"""Selectivity of features, against an edit written by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sae_lens")
+
+from labelled import labelled
+from tiny_models import ALL_MODELS
+from tiny_saes import tiny_sae
+
+from tl_modules._checks import InputError
+from tl_modules.causes.passages import Passages
+from tl_modules.causes.selectivity import selectivity
+from tl_modules.features import FeatureBasis
+
+PROMPTS = ["the cat sat on the mat", "a dog ran", "one two three four five", "seven eight"]
+LABELS = ["animals", "animals", "numbers", "numbers"]
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.mark.parametrize("name", [name for name in ("llama_like", "bridge_gpt2") if name in ALL_MODELS])
+def test_zeroed_features(name):
+    model, sae = ALL_MODELS[name](), tiny_sae("standard", HOOK)
+    basis = FeatureBasis(sae, any_model=True)
+    labels = np.arange(sae.cfg.d_sae) % 3 - 1
+    modules = labelled(model, basis, labels)
+    how = {"method": "zero", "n_controls": 2, "n_bootstrap": 20, "progress": False}
+    result = selectivity(model, modules, PROMPTS, LABELS, basis=basis, **how)
+    for index in range(2):
+        own = torch.from_numpy(labels == index)
+
+        def edit(activation, hook, own=own):
+            values = sae.encode(activation)
+            return activation - (values * own) @ sae.W_dec
+
+        for i, ids in enumerate(Passages(model, PROMPTS).token_lists()):
+            clean, changed = (loss(model, ids, hooks) for hooks in ([], [(HOOK, edit)]))
+            assert result.per_prompt[index, i] == pytest.approx(changed - clean, abs=1e-5)
+            assert abs(changed - clean) > 1e-5
+    spared = selectivity(model, modules, PROMPTS, LABELS, basis=basis, positions=slice(1, None), **how)
+    assert spared.settings["positions"] == "slice(1, None, None)"
+    ids = Passages(model, PROMPTS).token_lists()[0]
+
+    def edit_later(activation, hook):
+        changed = edit(activation, hook)
+        return torch.cat([activation[:, :1], changed[:, 1:]], dim=1)
+
+    effect = loss(model, ids, [(HOOK, edit_later)]) - loss(model, ids, [])
+    assert spared.per_prompt[1, 0] == pytest.approx(effect, abs=1e-5)
+    assert spared.per_prompt[1, 0] != pytest.approx(result.per_prompt[1, 0], abs=1e-5)
+    with pytest.raises(InputError, match="basis: got None for modules of kind feature"):
+        selectivity(model, modules, PROMPTS, LABELS, **how)
+
+
+def loss(model, ids, hooks):
+    with torch.no_grad():
+        logits = model.run_with_hooks(torch.tensor([ids]), fwd_hooks=hooks, return_type="logits")[0]
+    return float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])))

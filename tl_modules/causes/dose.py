@@ -1,0 +1,254 @@
+"""`dose`: ablate growing fractions of a set of units, and find the smallest core with most of the effect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly
+from jaxtyping import Bool, Float, Int
+from tqdm.auto import tqdm
+
+from tl_modules._checks import check_choice, check_integer, refuse
+from tl_modules._group_labels import group_numbers
+from tl_modules.ablator import Ablator
+from tl_modules.causes.order import ordered_units
+from tl_modules.causes.passages import Passages
+from tl_modules.module import Module
+from tl_modules.sites import Basis
+
+FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+ALL = "all prompts"
+
+
+class Core(NamedTuple):
+    """The smallest measured part of a set with a given share of its effect."""
+
+    fraction: float
+    """The smallest of the measured fractions whose effect reaches the share: nothing is interpolated."""
+    n_units: int
+    """How many units that is."""
+    effect: float
+    """The effect of these alone, in nats a token."""
+    units: pd.DataFrame
+    """Their rows of the units table, the first ablated first."""
+    interpolated: float
+    """Where the straight line from the measured fraction before crosses the share: a guess in between."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dose:
+    """Effects of growing fractions of a set of units; made by `dose`.
+
+    Args:
+        table: a row a category and fraction; `dose` says what its columns are.
+        units: the set's rows of the units table, the first ablated first.
+        effects: change in loss per token of each prompt at each fraction above 0, in order.
+        categories: the category of each prompt; None where it is not known.
+        name: the module's name, or "".
+        order: how the units were ordered.
+        method: how they were ablated.
+    """
+
+    table: pd.DataFrame
+    units: pd.DataFrame
+    effects: Float[np.ndarray, "dose prompt"]
+    categories: list[str] | None
+    name: str
+    order: str
+    method: str
+
+    def core(self, share: float | int = 0.8, category: str | None = None) -> Core:
+        """The smallest measured fraction whose effect reaches a share of the whole set's effect.
+
+        The first fraction that reaches it counts, even if a larger one falls below again.
+
+        Args:
+            share: above 0 and at most 1.
+            category: whose prompts; None for all.
+
+        Raises:
+            InputError: a share out of range, no such category, or a set that does not raise the loss there.
+
+        Example:
+            >>> table = pd.DataFrame({"category": ALL, "fraction": [0, 0.5, 1], "n_units": [0, 2, 4],
+            ...                       "effect": [0.0, 0.9, 1.0]})
+            >>> units = pd.DataFrame({"label": ["L0N3", "L0N1", "L1N0", "L1N2"]})
+            >>> core = Dose(table, units, np.ones((2, 1)), None, "", "random", "zero").core(0.8)
+            >>> core.fraction, core.units["label"].tolist(), core.interpolated
+            (0.5, ['L0N3', 'L0N1'], 0.444)
+        """
+        if not 0 < share <= 1:
+            refuse("share", got=repr(share), want="a share above 0 and at most 1")
+        known = self.table["category"].unique()
+        rows = self.table[self.table["category"] == check_choice("category", category or ALL, known)]
+        fraction, effect = (rows[name].to_numpy(dtype=np.float64) for name in ("fraction", "effect"))
+        if effect[-1] <= 0:
+            want = "a set whose ablation raises the loss"
+            refuse("category", got=f"a full effect of {effect[-1]:.3g} on {category or ALL}", want=want)
+        at = int((effect >= share * effect[-1]).argmax())
+        rise = (share * effect[-1] - effect[at - 1]) / (effect[at] - effect[at - 1])
+        between = fraction[at - 1] + rise * (fraction[at] - fraction[at - 1])
+        n_units = int(rows["n_units"].iloc[at])
+        core = self.units.head(n_units)
+        return Core(float(fraction[at]), n_units, float(effect[at]), core, float(between))
+
+    def plot(self) -> plotly.graph_objects.Figure:
+        """A line a category: effect by fraction, with the band of random orders."""
+        from tl_modules.viz import dose_curve
+
+        return dose_curve(self)
+
+    def __repr__(self) -> str:
+        full = self.table.loc[self.table["category"] == ALL, "effect"].iloc[-1]
+        of = f" of {self.name!r}" if self.name else ""
+        return (
+            f"Dose({len(self.units)} units{of}, {self.method}, order: {self.order}, full effect {full:.3g})"
+        )
+
+    def _repr_html_(self) -> str:
+        table = self.table.to_html(index=False, float_format=lambda value: f"{value:.3g}")
+        return f"<p><strong>{self!r}</strong></p>{table}"
+
+
+def dose(
+    model: Any,
+    units: Any,
+    prompts: Any,
+    labels: Any = None,
+    *,
+    basis: str | Basis = "neurons",
+    order: Any = "membership",
+    fractions: Sequence[float | int] = FRACTIONS,
+    method: str = "mean",
+    reference: Any = None,
+    n_random: int = 5,
+    random_state: int = 0,
+    progress: bool = True,
+) -> Dose:
+    """Ablate growing fractions of a module or any set of units and measure the loss.
+
+    A part can do more than the whole: an order by attribution leaves to the last what helps when it goes, and
+    it is chosen on the very prompts that are measured.
+
+    Takes 1 + len(fractions) + n_random x (len(fractions) - 1) runs of the prompts.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        units: a `Module`, or units in any form that `ablate` takes.
+        prompts: anything that `collect` takes; or `Passages`, which know of chats, cuts and continuations.
+        labels: the category of each prompt; None takes the prompts' own, if they have any.
+        basis: "neurons", "heads" or the `Basis` of the units.
+        order: which units go first: "membership", those that belong to the module most firmly (margins of
+            `Modules.membership`); "attribution", those whose removal should raise the loss most (minus input
+            x gradient of the loss on these very prompts, summed over prompts); "random"; or a number for each
+            unit, in the order of the basis' units table, the largest first.
+        fractions: of the set's units, above 0 and at most 1, rounded to whole units, at least one; 1 is
+            always among them.
+        method: "zero", "mean" or "resample"; see `ablate`.
+        reference: prompts, means or samples for the latter two; None: the prompts themselves. Others, that
+            nothing is measured on, are better.
+        n_random: how many random orders of the same units are run beside, as a control of the order.
+        random_state: of "random", the random orders and "resample".
+        progress: show a progress bar over the runs.
+
+    Returns:
+        A `Dose`. Columns of its table: category ("all prompts" first), fraction, n_units, n_prompts, effect
+        (change in loss per token, mean over prompts), accuracy (change in the share of tokens that are
+        foretold as most likely) and of the random orders' effects random_low, random_median, random_high
+        (smallest, median, largest; nan where n_random is 0; at fraction 1 all orders are the same). The first
+        row of each category is fraction 0.
+
+    Raises:
+        InputError: units, prompts or options that cannot be used.
+
+    Example:
+        >>> dose("gpt2", "L0N1", ["Hello there"], order="random")
+        Traceback (most recent call last):
+        ...
+        tl_modules._checks.InputError: model: got a str, expected a HookedTransformer or...
+    """
+    check_integer("n_random", n_random, least=0)
+    if not len(fractions) or not all(0 < one <= 1 for one in fractions):
+        refuse("fractions", got=list(fractions), want="shares above 0 and at most 1")
+    if reference is None and method != "zero":
+        if isinstance(prompts, Passages):
+            refuse("reference", got="None", want="prompts, means or samples, since prompts are Passages")
+        reference = prompts
+    how: dict[str, Any] = {"method": method, "reference": reference, "progress": progress}
+    ablator = Ablator(model, basis, random_state=random_state, **how)
+    own = np.flatnonzero(ablator.mask(units))
+    passages = prompts if isinstance(prompts, Passages) else Passages(model, prompts)
+    category = _categories(labels, passages)
+    first = ordered_units(ablator, units, own, order, prompts=prompts, random_state=random_state)
+    sizes = sorted({max(round(one * len(own)), 1) for one in (*fractions, 1.0)})
+    rng = np.random.default_rng([random_state, 1])
+    others = [rng.permutation(own) for _ in range(n_random)]
+    runs = _Runs(ablator, passages, 1 + len(sizes) + n_random * (len(sizes) - 1), progress)
+    with runs.bar:
+        clean = runs.measure(own[:0])
+        ordered = np.stack([runs.measure(first[:size]) - clean for size in sizes])
+        # The whole set is the same in any order.
+        random = [[*(runs.measure(o[:n])[0] - clean[0] for n in sizes[:-1]), ordered[-1, 0]] for o in others]
+    table = _table(sizes, ordered, np.array(random), category)
+    name = units.name if isinstance(units, Module) else ""
+    rows, kind = ablator.units.iloc[first], order if isinstance(order, str) else "given scores"
+    categories = None if category is None else [category[0][i] for i in category[1]]
+    return Dose(table, rows, ordered[:, 0], categories, name, kind, method)
+
+
+def _categories(labels: Any, passages: Passages) -> tuple[tuple[str, ...], Int[np.ndarray, " prompt"]] | None:
+    if labels is None and "category" not in passages.samples:
+        return None
+    return group_numbers(labels, passages.samples)
+
+
+class _Runs:
+    """Loss per token and accuracy of each prompt without some units."""
+
+    def __init__(self, ablator: Ablator, passages: Passages, n_runs: int, progress: bool) -> None:
+        self._ablator, self._passages = ablator, passages
+        self.bar = tqdm(total=n_runs, desc="dose", unit="run", disable=not progress)
+
+    def measure(self, units: Int[np.ndarray, " ablated"]) -> Float[np.ndarray, "two prompt"]:
+        """Loss and accuracy, one below the other."""
+        mask = np.zeros(len(self._ablator.units), dtype=bool)
+        mask[units] = True
+        with self._ablator.without(mask):
+            scores = self._passages.scores(self._ablator.model)
+        self.bar.update()
+        return np.stack([scores.mean_loss(), scores.accuracy()])
+
+
+def _table(
+    sizes: list[int],
+    ordered: Float[np.ndarray, "dose two prompt"],
+    random: np.ndarray,
+    category: tuple[tuple[str, ...], Int[np.ndarray, " prompt"]] | None,
+) -> pd.DataFrame:
+    n_prompts = ordered.shape[2]
+    parts: dict[str, Bool[np.ndarray, " prompt"]] = {ALL: np.ones(n_prompts, dtype=bool)}
+    if category is not None:
+        parts |= {name: category[1] == number for number, name in enumerate(category[0])}
+    counts = np.array([0, *sizes])
+    tables = []
+    for name, chosen in parts.items():
+        effect, accuracy = ordered[:, :, chosen].mean(2).T
+        columns: dict[str, Any] = {"category": name, "fraction": counts / sizes[-1], "n_units": counts}
+        columns |= {"n_prompts": int(chosen.sum())}
+        columns |= {"effect": np.append(0.0, effect), "accuracy": np.append(0.0, accuracy)}
+        tables.append(pd.DataFrame(columns | _band(random, chosen, len(sizes))))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _band(random: np.ndarray, chosen: Bool[np.ndarray, " prompt"], n_doses: int) -> dict[str, np.ndarray]:
+    """Smallest, median and largest effect over the random orders [order, dose, prompt], 0 first."""
+    names = ("random_low", "random_median", "random_high")
+    if not len(random):
+        return {name: np.full(n_doses + 1, np.nan) for name in names}
+    means = random[:, :, chosen].mean(2)
+    found = (means.min(0), np.median(means, 0), means.max(0))
+    return {name: np.append(0.0, values) for name, values in zip(names, found, strict=True)}

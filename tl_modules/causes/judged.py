@@ -1,0 +1,194 @@
+"""`Selectivity`: which module is causal for what, as tables, with the effects that they were made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly
+from jaxtyping import Float
+
+from tl_modules import _store
+from tl_modules._checks import FileFormatError, check_choice
+
+FORMAT = "tl-modules/selectivity"
+FORMAT_VERSION = 1
+_TABLES = ("table", "module_table", "with_massive", "massive", "samples")
+_ARRAYS = ("per_prompt", "accuracy_change")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Selectivity:
+    """What taking out each module does to each category, beside random units. Made by `selectivity`.
+
+    Effects are changes of the loss per token in nats: above 0, the module is missed. Statistics are of the
+    modules without their massive units, against random sets without any.
+
+    Example:
+        >>> result = Selectivity(pd.DataFrame({"control": ["layers"]}), pd.DataFrame({"control": ["layers"],
+        ...     "selective": [True], "causal": [False]}), pd.DataFrame(), pd.DataFrame(), pd.DataFrame(),
+        ...     np.zeros((1, 2)), np.zeros((1, 2)), {"layers": np.zeros((1, 5, 2))}, {"method": "zero"})
+        >>> result
+        Selectivity(1 module × 2 prompts, zero ablation, 5 controls; 1 selective, 0 causal)
+        >>> result.note
+        'With 5 controls p_rank cannot be below 0.167...'
+    """
+
+    table: pd.DataFrame
+    """One row a module, category and kind of control.
+
+    Columns module, category, control, effect (mean over the category's prompts), accuracy (change in top-1
+    accuracy), control_median, excess (effect minus that), low and high (95 % by bootstrap over prompts), z
+    (in robust deviations of the controls), p_rank (exact, see `note`), q (of p_rank over this control's
+    rows, Benjamini-Hochberg) and n_prompts.
+    """
+    module_table: pd.DataFrame
+    """One row a module and kind of control.
+
+    Columns module, control, topic (its own), topic_from ("given", "samples" or "half": hurt most on a random
+    half of the prompts, all else of its row being from the other half, and p_rank is among controls that
+    chose their topics likewise), index (selectivity index of the
+    excess), the own topic's effect, control_median, excess, low, high, z and p_rank; p_selective and
+    q_selective (that its excess is above that of every other category; q over the modules), p_raw and q_raw
+    (the same of the effect itself), selective (q_selective at most 0.05), causal (that, and p_rank at most
+    0.05), n_units, overlap (share of the controls' units that are the module's own), massive (how many of
+    its units are), effect_with_massive and excess_with_massive (against the same controls with the same
+    massive units; only where there are any).
+    """
+    with_massive: pd.DataFrame
+    """As `table`, for the modules that hold massive units, with these and against controls with the same."""
+    massive: pd.DataFrame
+    """The massive units: label, layer, kind, peak, ratio, share, prompt, position; `effect` of each alone."""
+    samples: pd.DataFrame
+    """One row a prompt: text, n_tokens, category and loss, what it was before any ablation."""
+    per_prompt: Float[np.ndarray, "module prompt"]
+    """Effect of each module on each prompt."""
+    accuracy_change: Float[np.ndarray, "module prompt"]
+    control_effects: Mapping[str, Float[np.ndarray, "module control prompt"]]
+    """By kind of control, the effect of each random set."""
+    settings: Mapping[str, Any]
+    """How it was made; JSON values."""
+
+    @property
+    def controls(self) -> list[str]:
+        """The kinds of control, the first of which `modules` is about."""
+        return list(self.control_effects)
+
+    @property
+    def modules(self) -> pd.DataFrame:
+        """One row a module, against the first kind of control; see `module_table`."""
+        return self.against(self.controls[0])
+
+    def against(self, control: str) -> pd.DataFrame:
+        """One row a module, against one kind of control.
+
+        Raises:
+            InputError: a kind that was not run.
+        """
+        rows = self.module_table["control"] == check_choice("control", control, self.controls)
+        return self.module_table[rows].reset_index(drop=True)
+
+    @property
+    def n_controls(self) -> int:
+        """Random sets of each kind for each module."""
+        return next(iter(self.control_effects.values())).shape[1]
+
+    @property
+    def share_selective(self) -> float:
+        """Share of modules that hurt their own topic more than every other, after correction."""
+        return float(self.modules["selective"].mean())
+
+    @property
+    def note(self) -> str:
+        """What the number of controls allows to say."""
+        floor = 1 / (1 + self.n_controls)
+        told = f"With {self.n_controls} controls p_rank cannot be below {floor:.3g}"
+        n_rows = int((self.table["control"] == self.controls[0]).sum())
+        least = (
+            f": for q of at most 0.05, {int(np.ceil(n_rows * floor / 0.05))} of {n_rows} cells must be there"
+        )
+        return (
+            told + (least if floor <= 0.05 else ", so no q can be 0.05 and no module is called causal") + "."
+        )
+
+    def summary(self) -> pd.DataFrame:
+        """One row a kind of control: modules, shares that are selective and causal, medians of the own topic.
+
+        Columns control, n_modules, n_controls, share_selective, share_raw (selective by the effect without
+        controls), share_causal, index, effect and excess.
+        """
+        rows = []
+        for control in self.controls:
+            own = self.against(control)
+            shares = {"share_selective": own["selective"], "share_raw": own["q_raw"] <= 0.05}
+            rows.append(
+                {
+                    "control": control,
+                    "n_modules": len(own),
+                    "n_controls": self.n_controls,
+                    **{name: float(values.mean()) for name, values in shares.items()},
+                    "share_causal": float(own["causal"].mean()),
+                    **{name: float(own[name].median()) for name in ("index", "effect", "excess")},
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def plot(self, control: str | None = None) -> plotly.graph_objects.Figure:
+        """Heat map of the excess, module by category, with the selectivity index beside it."""
+        from tl_modules.viz import selectivity_map
+
+        return selectivity_map(self, control)
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder (Parquet, npy, JSON), whole or not at all; replaces an older one.
+
+        Raises:
+            InputError: `path` holds something else.
+        """
+
+        def fill(folder: Path) -> dict[str, Any]:
+            for name in _TABLES:
+                _store.write_table(folder / f"{name}.parquet", getattr(self, name))
+            arrays = {name: getattr(self, name) for name in _ARRAYS}
+            arrays |= {f"control_{kind}": effects for kind, effects in self.control_effects.items()}
+            for name, array in arrays.items():
+                _store.write_array(folder / f"{name}.npy", array)
+            return {"controls": self.controls, "settings": dict(self.settings)}
+
+        _store.write_folder(Path(path), FORMAT, FORMAT_VERSION, fill)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Selectivity:
+        """Read a folder that `save` wrote.
+
+        Raises:
+            FileFormatError: not such a folder, or a part is missing, truncated or corrupted.
+        """
+        folder = Path(path)
+        manifest = _store.read_manifest(folder, FORMAT, FORMAT_VERSION)
+        _store.check_parts(folder, manifest, contents=True)
+        try:
+            kinds, settings = list(manifest["controls"]), dict(manifest["settings"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{folder / _store.MANIFEST}: incomplete ({error!r})") from error
+        tables: dict[str, Any] = {name: _store.read_table(folder / f"{name}.parquet") for name in _TABLES}
+        arrays: dict[str, Any] = {name: _store.read_array(folder / f"{name}.npy") for name in _ARRAYS}
+        effects = {kind: _store.read_array(folder / f"control_{kind}.npy") for kind in kinds}
+        return cls(**tables, **arrays, control_effects=effects, settings=settings)
+
+    def __repr__(self) -> str:
+        n_modules, n_prompts = self.per_prompt.shape
+        own, size = self.modules, f"{n_modules} module{'' if n_modules == 1 else 's'} × {n_prompts} prompts"
+        return (
+            f"Selectivity({size}, {self.settings['method']} ablation, "
+            f"{self.n_controls} controls; {own['selective'].sum()} selective, {own['causal'].sum()} causal)"
+        )
+
+    def _repr_html_(self) -> str:
+        shown = ["module", "topic", "index", "effect", "excess", "z", "p_rank", "q_selective", "causal"]
+        table = self.modules[shown].to_html(index=False, float_format=lambda value: f"{value:.3g}")
+        return f"<p><strong>{self!r}</strong></p><p>{self.note}</p>{table}"

@@ -1,0 +1,180 @@
+"""Units with massive activations: a handful whose writes dwarf all others and that any ablation must mind.
+
+Source: Sun et al. 2024, "Massive Activations in Large Language Models" (arXiv 2402.17762). They look at the
+residual stream; here it is the units that write it, or erase it again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_modules._checks import UnsupportedModelError
+from tl_modules.bases import HeadSite
+from tl_modules.batches import Batch
+from tl_modules.causes.passages import Passages
+from tl_modules.host import forward, hooked
+from tl_modules.sites import Site, units_of
+
+MASSIVE_RATIO = 100.0
+"""A massive unit's largest write is at least so many times that of the median unit of its site."""
+MASSIVE_SHARE = 0.1
+"""And at least this share of the residual stream's norm at that position, after the layer."""
+
+
+@dataclass(frozen=True)
+class UnitActivity:
+    """How large units' values are on some prompts; made by `unit_activity`."""
+
+    units: pd.DataFrame
+    """One row a unit, as `basis.units` gives it."""
+    site: Int[np.ndarray, " unit"]
+    """Number of the site that the unit is at."""
+    mean: Float[np.ndarray, " unit"]
+    """Mean |value| over the tokens that count."""
+    peak: Float[np.ndarray, " unit"]
+    """Largest norm of what the unit writes, over all positions, special tokens included."""
+    share: Float[np.ndarray, " unit"]
+    """This peak over the norm of the residual stream at the same position, after the layer."""
+    prompt: Int[np.ndarray, " unit"]
+    """The prompt of the peak."""
+    position: Int[np.ndarray, " unit"]
+    """The token of the prompt that the peak is at."""
+
+    def ratio(self) -> Float[np.ndarray, " unit"]:
+        """Each peak over the median peak of its site's units that were ever active."""
+        active = pd.Series(np.where(self.peak > 0, self.peak, np.nan))
+        median = active.groupby(self.site).transform("median").fillna(1.0)
+        return self.peak / median.to_numpy()
+
+    def is_massive(self) -> Bool[np.ndarray, " unit"]:
+        """Which units are massive: both `MASSIVE_RATIO` and `MASSIVE_SHARE` are reached."""
+        return (self.ratio() >= MASSIVE_RATIO) & (self.share >= MASSIVE_SHARE)
+
+    def massive(self) -> pd.DataFrame:
+        """The massive units, the largest ratio first; the index is the unit's place in the units table.
+
+        Columns label, layer, kind, peak, ratio, share, prompt and position.
+        """
+        facts = {name: getattr(self, name) for name in ("peak", "share", "prompt", "position")}
+        table = self.units[["label", "layer", "kind"]].assign(ratio=self.ratio(), **facts)
+        table = table[["label", "layer", "kind", "peak", "ratio", "share", "prompt", "position"]]
+        return table[self.is_massive()].sort_values("ratio", ascending=False, kind="stable")
+
+
+def unit_activity(
+    model: Any, sites: list[Site], passages: Passages, *, progress: bool = True
+) -> UnitActivity:
+    """Peak and mean size of all units' values over prompts, in one pass of the model.
+
+    Peaks are over all positions: massive activations live on first tokens and delimiters. A write is |value|
+    times the norm of the unit's write direction, a head's value being one already; behind a norm after the
+    MLP (Gemma 2) it is known up to a factor. A feature whose write direction has no place in the residual
+    stream counts by its value alone.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        sites: whose units.
+        passages: the prompts.
+        progress: show a progress bar over the batches.
+    """
+    tally = _Tally(sites, passages)
+    for members, batch in tqdm(
+        passages.batches(), desc="unit sizes", total=passages.n_batches, disable=not progress
+    ):
+        with hooked(model, tally.hooks(batch)) as counter:
+            forward(model, batch.tokens, batch.real)
+            counter.check(1)
+        tally.add(members, batch)
+    return tally.result()
+
+
+class _Tally:
+    """Running sums and peaks of each site."""
+
+    def __init__(self, sites: list[Site], passages: Passages) -> None:
+        self.sites, self.n_targets = sites, int(passages.n_targets.sum())
+        self.norms = [_write_norms(site) for site in sites]
+        sizes = [site.n_units for site in sites]
+        self.first = np.append(0, np.cumsum(sizes))
+        self.site = np.repeat(np.arange(len(sites)), sizes)
+        n_units = int(self.first[-1])
+        self.sums, self.peak, self.share = np.zeros(n_units), np.full(n_units, -1.0), np.zeros(n_units)
+        self.prompt, self.position = np.zeros(n_units, np.int64), np.zeros(n_units, np.int64)
+        self.seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.residual: dict[int, Tensor] = {}
+
+    def hooks(self, batch: Batch) -> dict[str, Any]:
+        """What reads one batch: all sites, and the residual stream after their layers."""
+        own: dict[str, list[Any]] = {}
+        for number, site in enumerate(self.sites):
+            own.setdefault(site.hook_name, []).append(self._reading(number, batch))
+        for layer in {site.layer for site in self.sites}:
+            own.setdefault(f"blocks.{layer}.hook_resid_post", []).append(self._measuring(layer))
+        return {name: _all_of(functions) for name, functions in own.items()}
+
+    def _reading(self, number: int, batch: Batch) -> Any:
+        def read(activation: Tensor) -> None:
+            size = self.sites[number].values(activation).abs()
+            total = size[batch.counted.to(size.device)].sum(0, dtype=torch.float64)
+            real = batch.real.to(size.device)[..., None]
+            best = size.masked_fill(~real, -1).flatten(0, 1).max(0)
+            self.seen[number] = (total, best.values, best.indices)
+
+        return read
+
+    def _measuring(self, layer: int) -> Any:
+        def measure(activation: Tensor) -> None:
+            self.residual[layer] = activation.norm(dim=-1).flatten()
+
+        return measure
+
+    def add(self, members: list[int], batch: Batch) -> None:
+        """Take in what the hooks saw of one batch."""
+        n_pos = batch.tokens.shape[1]
+        for number, (total, size, where) in self.seen.items():
+            own = slice(self.first[number], self.first[number + 1])
+            self.sums[own] += _array(total)
+            peak, at = _array(size) * self.norms[number], where.cpu().numpy()
+            residual = _array(self.residual[self.sites[number].layer])[at]
+            better = own.start + np.flatnonzero(peak > self.peak[own])
+            found = better - own.start
+            self.peak[better] = peak[found]
+            self.share[better] = peak[found] / np.maximum(residual[found], 1e-30)
+            self.prompt[better] = np.array(members)[at[found] // n_pos]
+            self.position[better] = at[found] % n_pos
+
+    def result(self) -> UnitActivity:
+        """What all batches came to."""
+        means = self.sums / self.n_targets
+        where = (self.prompt, self.position)
+        return UnitActivity(units_of(self.sites), self.site, means, self.peak, self.share, *where)
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()
+
+
+def _all_of(functions: list[Any]) -> Any:
+    def call(activation: Tensor) -> None:
+        for function in functions:
+            function(activation)
+
+    return call
+
+
+def _write_norms(site: Site) -> Float[np.ndarray, " unit"]:
+    """The length of what a value of 1 writes."""
+    if isinstance(site, HeadSite):
+        return np.ones(site.n_units)
+    try:
+        return _array(site.write_directions().detach().norm(dim=-1))
+    except UnsupportedModelError:
+        return np.ones(site.n_units)

@@ -1,0 +1,218 @@
+"""`selectivity`: take each module out, see which topics suffer, and compare with random units like it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+
+from tl_modules._checks import check_integer, nearest, refuse
+from tl_modules._chosen import mask_of
+from tl_modules.ablator import Ablator, UnitMask
+from tl_modules.bases import HeadBasis, NeuronBasis, as_basis
+from tl_modules.causes.controls import check_controls
+from tl_modules.causes.judged import Selectivity
+from tl_modules.causes.passages import Passages
+from tl_modules.causes.statistics import N_BOOTSTRAP
+from tl_modules.causes.trial import Trial
+from tl_modules.causes.verdicts import Judge
+from tl_modules.module import Module
+from tl_modules.modules import Modules
+from tl_modules.sites import Basis, Site
+from tl_modules.unit_values import start_token
+
+
+def selectivity(
+    model: Any,
+    modules: Any,
+    prompts: Any,
+    labels: Sequence[str] | None = None,
+    *,
+    method: str = "mean",
+    reference: Any = None,
+    n_controls: int = 20,
+    controls: str | Sequence[str] = "layers",
+    basis: str | Basis | None = None,
+    topics: Mapping[Any, str] | None = None,
+    random_state: int = 0,
+    progress: bool = True,
+    **reading: Any,
+) -> Selectivity:
+    """Which modules are causal for which topics: change in loss by ablation, beside random units.
+
+    Each module is taken out as a whole, and so are random sets with as many units at each site. What counts
+    is how much more a topic suffers from the module than from the median random set. Massive units, a handful
+    that wreck every topic, are found first and left out of modules and controls; modules that hold some are
+    judged once more with them, against the same controls with the same massive units.
+
+    A module is `selective` if its excess on its own topic is above that on every other (intersection-union
+    test by bootstrap over prompts, Benjamini-Hochberg over modules), and `causal` if besides at most 5 % of
+    the random sets do as much to its topic. Ranks among n controls give no p below 1 / (n + 1), and nothing
+    finer is made up: `Selectivity.note` says what that allows.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        modules: `Modules`, or a mapping from names to units in any form that `ablate` takes.
+        prompts: anything that `collect` takes, or `Passages` made of it; best none that the modules were
+            found on. Loss is on the prompts' own tokens, or on their continuations where given.
+        labels: the category of each prompt; None for those of the table. At least two categories of at
+            least two prompts.
+        method: "zero", "mean" or "resample"; see `ablate`.
+        reference: as for `ablate`; None takes the prompts themselves, all tokens but special ones. Other
+            prompts of the same kind are better: these know the answers.
+        n_controls: random sets for each module and kind of control; below 19 no module can be causal.
+        controls: "layers" (as many units at each site: layer, kind, SAE), "strength" (besides, as many in
+            each tenth of the site by mean |value| on the prompts), "both", or a list.
+        basis: "neurons", "heads" or a `Basis`; None for that of modules of neurons and heads, else neurons.
+        topics: each module's own category, by its name or number; of the others it is the category most
+            enriched among the module's samples, or if these have none, the one hurt most on a random half of
+            the prompts, tests being on the other half.
+        random_state: draws controls, bootstrap samples and the half.
+        progress: show a progress bar over the ablations.
+        **reading: how prompts are read: continuations, chat, max_length, batch_tokens, prepend_bos as for
+            `Passages`; positions, where units are taken out, as for `ablate`: slice(1, None) spares the first
+            token, an attention sink on which few features were trained; and n_bootstrap, samples of the
+            bootstrap, by default 2,000.
+
+    Returns:
+        Tables of cells, modules and massive units, and the effects on each prompt.
+
+    Raises:
+        InputError: modules, prompts, labels or options that cannot be used; before anything is run.
+
+    Example:
+        >>> selectivity(None, modules, ["2 + 2 = 4"], n_controls=0)
+        Traceback (most recent call last):
+        ...
+        tl_modules._checks.InputError: n_controls: got 0, expected an integer at least 1.
+    """
+    check_integer("n_controls", n_controls, least=1)
+    check_integer("random_state", random_state, least=0)
+    kinds = check_controls(controls)
+    n_bootstrap = check_integer("n_bootstrap", reading.pop("n_bootstrap", N_BOOTSTRAP), least=1)
+    positions = reading.pop("positions", None)
+    basis = _basis_of(modules, basis)
+    passages = _passages(model, prompts, start_token(basis), reading)
+    judge = _judge(passages, labels, n_bootstrap, random_state)
+    sets = _named_sets(modules)
+    own, source = _own_topics(modules, list(sets), judge.categories, topics)
+    sites = basis.sites(model)
+    masks = {name: _mask(sites, units, name) for name, units in sets.items()}
+    if method != "zero" and reference is None:
+        reference = passages.token_lists()
+    how = {"method": method, "reference": reference, "random_state": random_state, "progress": progress}
+    ablator = Ablator(model, basis, **how, positions=positions, chat=reading.get("chat"))
+    trial = Trial(ablator, passages, masks, kinds, n_controls, random_state, progress)
+    with trial.counting():
+        measured, with_massive = trial.measured(), trial.with_massive()
+        massive = trial.massive_alone()
+    again = judge.table(with_massive).drop(columns=["q"])
+    verdicts = _with_massive_columns(judge.verdicts(measured, own, source), again)
+    settings = {"method": method, "basis": basis.kind, "n_controls": n_controls, "controls": list(kinds)}
+    return Selectivity(
+        judge.table(measured),
+        verdicts,
+        again,
+        massive,
+        passages.samples.assign(category=np.array(judge.categories)[judge.codes], loss=trial.clean_loss),
+        measured.effects,
+        measured.accuracy,
+        measured.controls,
+        settings
+        | {"positions": None if positions is None else str(positions)}
+        | {"n_bootstrap": n_bootstrap, "random_state": random_state},
+    )
+
+
+def _with_massive_columns(verdicts: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
+    """The verdicts, with the own topic's effect and excess of the sets with their massive units."""
+    keys = ["module", "topic", "control"]
+    columns = {"category": "topic", "effect": "effect_with_massive", "excess": "excess_with_massive"}
+    return verdicts.merge(again.rename(columns=columns)[[*keys, *list(columns.values())[1:]]], "left", keys)
+
+
+def _passages(model: Any, prompts: Any, prepend_bos: bool | None, reading: dict[str, Any]) -> Passages:
+    if not isinstance(prompts, Passages):
+        return Passages(model, prompts, **({"prepend_bos": prepend_bos} | reading))
+    if reading:
+        refuse(
+            "prompts", got=f"Passages and {next(iter(reading))}", want="options only where Passages are made"
+        )
+    return prompts
+
+
+def _judge(passages: Passages, labels: Sequence[str] | None, n_bootstrap: int, random_state: int) -> Judge:
+    if labels is None and "category" not in passages.samples:
+        refuse("labels", got="None, and prompts without a category", want="the category of each prompt")
+    named = pd.Series(passages.samples["category"] if labels is None else list(labels), dtype=object)
+    if len(named) != len(passages) or named.isna().any():
+        got = f"{len(named)} entries, {int(named.isna().sum())} missing"
+        refuse("labels", got=got, want=f"{len(passages)}, one a prompt")
+    codes, categories = pd.factorize(named.astype(str), sort=True)
+    sizes = np.bincount(codes)
+    if len(sizes) < 2 or sizes.min() < 2:
+        got = f"{len(sizes)} categories, the smallest of {sizes.min()} prompts"
+        refuse("labels", got=got, want="at least two categories of at least two prompts")
+    return Judge(list(categories), codes.astype(np.int64), n_bootstrap, random_state)
+
+
+def _basis_of(modules: Any, basis: str | Basis | None) -> Basis:
+    if basis is not None:
+        return as_basis(basis)
+    kinds = set(modules.units["kind"]) if isinstance(modules, Modules) else {"neuron"}
+    known: dict[str, Basis] = {"head": HeadBasis(), "neuron": NeuronBasis()}
+    if kinds - set(known):
+        cure = "Give the basis that they were collected with."
+        refuse("basis", got=f"None for modules of kind {min(kinds)}", want="their basis", cure=cure)
+    chosen = [own for kind, own in known.items() if kind in kinds]
+    return chosen[0] if len(chosen) == 1 else chosen[0] + chosen[1]
+
+
+def _named_sets(modules: Any) -> dict[str, Any]:
+    """What is to be taken out, by names that are all different."""
+    if isinstance(modules, Modules):
+        names = pd.Series(modules.names)
+        twice = names.duplicated(keep=False)
+        unique = np.where(twice, names + " #" + names.index.astype(str), names)
+        return {str(name): module for name, module in zip(unique, modules, strict=True)}
+    if not isinstance(modules, Mapping) or not modules:
+        refuse("modules", got=f"a {type(modules).__name__}", want="Modules or a mapping from names to units")
+    return {str(name): units for name, units in modules.items()}
+
+
+def _mask(sites: list[Site], units: Any, name: str) -> UnitMask:
+    if isinstance(units, Module) and units.size == 0:
+        return np.zeros(sum(site.n_units for site in sites), dtype=bool)
+    return mask_of(units, sites, argument=f"modules[{name!r}]")
+
+
+def _own_topics(
+    modules: Any, names: list[str], categories: list[str], topics: Mapping[Any, str] | None
+) -> tuple[Int[np.ndarray, " module"], list[str]]:
+    """Each set's own category, -1 where unknown, and where it is known from."""
+    found = _enriched(modules, categories) if isinstance(modules, Modules) else np.full(len(names), -1)
+    source = np.where(found >= 0, "samples", "half").astype(object)
+    for key, topic in (topics or {}).items():
+        position = names.index(str(key)) if str(key) in names else key
+        if isinstance(position, str) or not 0 <= position < len(names):
+            near = nearest(str(key), names)
+            refuse("topics", got=repr(key), want="names or numbers of the modules", cure=f"Near: {near}.")
+        if str(topic) not in categories:
+            refuse("topics", got=repr(topic), want=f"one of the categories {categories}")
+        found[position], source[position] = categories.index(str(topic)), "given"
+    return found, list(source)
+
+
+def _enriched(modules: Modules, categories: list[str]) -> Int[np.ndarray, " module"]:
+    """The category most enriched among each module's samples over all samples; -1 for none that is known."""
+    mix = modules.category_mix()
+    if mix is None or not set(map(str, mix.columns)) & set(categories):
+        return np.full(len(modules), -1)
+    counts = mix.set_axis(mix.columns.astype(str), axis=1).reindex(columns=categories, fill_value=0)
+    base = counts.sum() / mix.to_numpy().sum()
+    share = counts.div(mix.sum(axis=1), axis=0)
+    ratio = share.div(base.where(base > 0), axis=1).fillna(0).to_numpy()
+    return np.where(ratio.max(axis=1) > 0, ratio.argmax(axis=1), -1)

@@ -1,0 +1,197 @@
+"""What effects on prompts say: beyond controls, with how much certainty, and on one topic more than others.
+
+Pure functions of arrays. Effects are changes of the loss per token, [.. prompt]; categories are numbers.
+
+Sources: Benjamini and Hochberg 1995 (false discovery rate), Berger 1982 (intersection-union tests),
+Phipson and Smyth 2010 (permutation p-values are never zero).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+N_BOOTSTRAP = 2000
+LEVEL = 0.95
+"""Of the confidence intervals."""
+_MAD_OF_NORMAL = 1.4826
+
+Effects = Float[np.ndarray, "module prompt"]
+ControlEffects = Float[np.ndarray, "module control prompt"]
+Cells = Float[np.ndarray, "module category"]
+Resampled = Float[np.ndarray, "sample module category"]
+
+
+@dataclass(frozen=True)
+class Cellwise:
+    """Each module's effect on each category, against its controls; made by `cellwise`."""
+
+    effect: Cells
+    """Mean over the category's prompts."""
+    control_median: Cells
+    excess: Cells
+    """Effect minus the median of the controls."""
+    low: Cells
+    high: Cells
+    z: Cells
+    p_rank: Cells
+    effects: Resampled
+    """The effect in each bootstrap sample of prompts."""
+    excesses: Resampled
+
+
+def cellwise(
+    effects: Effects,
+    controls: ControlEffects,
+    categories: Int[np.ndarray, " prompt"],
+    n_categories: int,
+    *,
+    n_bootstrap: int = N_BOOTSTRAP,
+    rng: np.random.Generator,
+) -> Cellwise:
+    """Effects on each category beyond the controls, with intervals by bootstrap over its prompts.
+
+    A bootstrap sample has the same prompts for module and controls, so what makes a prompt easy or hard for
+    both cancels. `z` counts robust deviations of the controls from their median (1.4826 times the median
+    absolute deviation; nan where that is 0). `p_rank` is (1 + controls with at least the effect) / (1 +
+    controls): exact, and never below 1 / (1 + controls).
+
+    Args:
+        effects: of the modules.
+        controls: of the random sets of each module.
+        categories: of the prompts; each has at least one.
+        n_categories: how many there are.
+        n_bootstrap: samples for the intervals.
+        rng: draws them.
+    """
+    effect, control = category_means(effects, categories, n_categories), []
+    boots: list[tuple[np.ndarray, np.ndarray]] = []
+    for category in range(n_categories):
+        own = categories == category
+        weights = _weights(int(own.sum()), n_bootstrap, rng)
+        sets = controls[..., own]
+        control.append(sets.mean(-1))
+        boot = np.einsum("bp,mp->bm", weights, effects[:, own])
+        boot_controls = np.einsum("bp,mcp->bmc", weights, sets, optimize=True)
+        boots.append((boot, boot - np.median(boot_controls, axis=-1)))
+    by_control = np.stack(control, axis=1)
+    median = np.median(by_control, axis=-1)
+    resampled, excesses = (np.stack(part, axis=-1) for part in zip(*boots, strict=True))
+    low, high = np.quantile(excesses, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    statistics = (robust_z(effect, by_control), rank_p(effect, by_control))
+    return Cellwise(effect, median, effect - median, low, high, *statistics, resampled, excesses)
+
+
+def category_means(
+    effects: Float[np.ndarray, "*sets prompt"], categories: Int[np.ndarray, " prompt"], n_categories: int
+) -> Float[np.ndarray, "*sets category"]:
+    """Mean of each set over the prompts of each category.
+
+    Example:
+        >>> category_means(np.array([[1.0, 2.0, 6.0]]), np.array([0, 1, 1]), 2)
+        array([[1., 4.]])
+    """
+    members = np.eye(n_categories)[categories]
+    return effects @ members / members.sum(0)
+
+
+def _weights(n_prompts: int, n_samples: int, rng: np.random.Generator) -> np.ndarray:
+    """How much each prompt counts in each sample with replacement, [sample, prompt]."""
+    return rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), n_samples) / n_prompts
+
+
+def rank_p(
+    effect: Float[np.ndarray, "*cells"], controls: Float[np.ndarray, "*cells control"]
+) -> Float[np.ndarray, "*cells"]:
+    """Chance, if the module were one more control, of a rank as high as it has; ties count against it.
+
+    Example:
+        >>> rank_p(np.array([3.0]), np.array([[1.0, 2.0, 3.0]]))
+        array([0.5])
+    """
+    return (1 + (controls >= effect[..., None]).sum(-1)) / (1 + controls.shape[-1])
+
+
+def found_topic_p(
+    first: Float[np.ndarray, "module set category"], second: Float[np.ndarray, "module set category"]
+) -> Float[np.ndarray, " module"]:
+    """`rank_p` where a set's topic is the one that it hurt most on other prompts: for controls as well.
+
+    Each set, beyond the median of all sets, chooses its topic by its first effects and is ranked by its
+    second effect on it. A control that could not choose would rank too low beside a module that did.
+
+    Args:
+        first: effects on the prompts to choose by; set 0 is the module, the others are its controls.
+        second: effects on the other prompts.
+
+    Example:
+        >>> effects = np.array([[[3.0, 0.0], [0.0, 0.0], [0.0, 9.0]]])
+        >>> found_topic_p(effects, effects).round(2)
+        array([0.67])
+    """
+    chosen, ranked = (effects - np.median(effects, axis=1, keepdims=True) for effects in (first, second))
+    topics = chosen.argmax(axis=-1)[..., None]
+    values = np.take_along_axis(ranked, topics, axis=-1)[..., 0]
+    return rank_p(values[:, 0], values[:, 1:])
+
+
+def robust_z(
+    effect: Float[np.ndarray, "*cells"], controls: Float[np.ndarray, "*cells control"]
+) -> Float[np.ndarray, "*cells"]:
+    """Distance from the controls' median in their median absolute deviations, scaled as for a normal.
+
+    Example:
+        >>> robust_z(np.array([5.0]), np.array([[1.0, 2.0, 3.0]])).round(2)
+        array([2.02])
+    """
+    median = np.median(controls, axis=-1)
+    spread = _MAD_OF_NORMAL * np.median(np.abs(controls - median[..., None]), axis=-1)
+    return np.divide(effect - median, spread, out=np.full(effect.shape, np.nan), where=spread > 0)
+
+
+def selectivity_index(values: Cells, own: Int[np.ndarray, " module"]) -> Float[np.ndarray, " module"]:
+    """(own topic - mean of the others) / (|own topic| + |mean of the others|), from -1 to 1.
+
+    Example:
+        >>> selectivity_index(np.array([[3.0, 1.0, 1.0]]), np.array([0]))
+        array([0.5])
+    """
+    mine = values[np.arange(len(own)), own]
+    others = (values.sum(1) - mine) / (values.shape[1] - 1)
+    size = np.abs(mine) + np.abs(others)
+    return np.divide(mine - others, size, out=np.zeros(len(own)), where=size > 0)
+
+
+def own_most_p(samples: Resampled, own: Int[np.ndarray, " module"]) -> Float[np.ndarray, " module"]:
+    """Evidence that the own topic's value exceeds every other's: an intersection-union test.
+
+    The largest of the p-values against each other topic, each (1 + bootstrap samples where the own topic has
+    no more) / (1 + samples). That is a valid test of "more than all" without further correction.
+
+    Example:
+        >>> samples = np.array([[[2.0, 1.0]], [[2.0, 1.5]], [[2.0, 3.0]]])
+        >>> own_most_p(samples, np.array([0]))
+        array([0.5])
+    """
+    modules = np.arange(len(own))
+    mine = samples[:, modules, own]
+    p = (1 + (samples >= mine[..., None]).sum(0)) / (1 + len(samples))
+    p[modules, own] = 0
+    return p.max(axis=1)
+
+
+def false_discovery_q(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
+    """Benjamini-Hochberg: the smallest false discovery rate at which each test is passed; nan stays nan.
+
+    Example:
+        >>> false_discovery_q(np.array([0.01, 0.04, 0.03, 0.5])).round(3)
+        array([0.04 , 0.053, 0.053, 0.5  ])
+    """
+    q = np.full(len(p), np.nan)
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known])]
+    scaled = p[order] * len(order) / np.arange(1, len(order) + 1)
+    q[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
+    return q

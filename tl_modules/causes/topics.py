@@ -1,0 +1,119 @@
+"""Which topic a text is about: by a decomposition's own prediction, and by a classifier of words alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from tl_modules._checks import refuse
+from tl_modules.collection import collect
+from tl_modules.module import Module
+from tl_modules.modules import Modules
+from tl_modules.sites import Basis
+from tl_modules.tokens import special_ids
+
+N_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class TopicClassifier:
+    """TF-IDF of words and logistic regression: knows nothing of the model."""
+
+    pipeline: Any
+    topics: tuple[str, ...]
+    """In the order of the probabilities."""
+    accuracy: float
+    """Share of the training texts foretold right by cross-validation; nan with a single text of a topic."""
+
+    def probabilities(self, texts: list[str]) -> Float[np.ndarray, "text topic"]:
+        """Of each topic for each text."""
+        return np.asarray(self.pipeline.predict_proba(texts))
+
+
+def topic_classifier(texts: list[str], topics: list[str]) -> TopicClassifier:
+    """Train on texts with known topics.
+
+    Raises:
+        InputError: fewer than two topics.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_score
+    from sklearn.pipeline import make_pipeline
+
+    names, counts = np.unique(topics, return_counts=True)
+    if len(names) < 2:
+        refuse("known", got=f"the topic {str(names[0])!r} only", want="texts of at least two topics")
+    # As in `predict_categories`: marks and single characters count, code and arithmetic live by them.
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|[^\w\s]")
+    pipeline = make_pipeline(words, LogisticRegression(C=100.0, max_iter=1000))
+    n_folds = min(N_FOLDS, int(counts.min()))
+    accuracy = np.nan
+    if n_folds > 1:
+        accuracy = float(cross_val_score(pipeline, texts, topics, cv=n_folds).mean())
+    pipeline.fit(texts, topics)
+    return TopicClassifier(pipeline, tuple(map(str, pipeline.classes_)), accuracy)
+
+
+def own_topic(module: Module) -> str:
+    """The category that the module's samples have most above its share of all samples.
+
+    Raises:
+        InputError: samples without categories.
+    """
+    samples = module.modules.samples
+    if "category" not in samples:
+        refuse("topic", got="None for a module of samples without categories", want="its topic")
+    base = samples["category"].value_counts(normalize=True)
+    own = module.samples["category"].value_counts(normalize=True).reindex(base.index, fill_value=0)
+    return str((own - base).idxmax())
+
+
+def known_texts(known: Any, module: Module) -> pd.DataFrame:
+    """The classifier's texts: those given, or the decomposition's own samples.
+
+    Raises:
+        InputError: no table with the columns text and category.
+    """
+    table = module.modules.samples if known is None else known
+    if not isinstance(table, pd.DataFrame) or not {"text", "category"} <= set(table):
+        got = (
+            "None for a module of samples without categories"
+            if known is None
+            else f"a {type(known).__name__}"
+        )
+        refuse("known", got=got, want="a DataFrame with the columns text and category")
+    return table
+
+
+def predicted_modules(
+    model: Any, module: Module, written: list[Int[np.ndarray, " _"]], basis: str | Basis
+) -> tuple[Int[np.ndarray, " text"], Float[np.ndarray, " text"]]:
+    """The module that each text is put in, and the score of `module` for it.
+
+    Activations are collected over the text alone, without what it was written after and without a chat
+    template, reduced as those that the modules were found in.
+
+    Returns:
+        -1 and nan for a text of nothing but special tokens.
+
+    Raises:
+        InputError: `basis` is not that of the modules.
+    """
+    modules = module.modules
+    if not isinstance(modules, Modules):
+        refuse("module", got="a view of tables only", want="a module of `Modules`")
+    special = special_ids(model.tokenizer)
+    some = [i for i, ids in enumerate(written) if not special.issuperset(ids.tolist())]
+    predicted, score = np.full(len(written), -1), np.full(len(written), np.nan)
+    if some:
+        reduce = modules.source.get("activations", {}).get("reduce", "mean_abs")
+        ids = [written[i].tolist() for i in some]
+        acts = collect(model, ids, basis, reduce=reduce, progress=False)
+        predicted[some] = modules.predict(acts)
+        score[some] = modules.transform(acts)[:, module.index]
+    return predicted, score

@@ -1,0 +1,176 @@
+"""Figures of causes: what taking each module out costs each topic, and how much of a module it takes."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from tl_modules._checks import check_choice
+from tl_modules.causes.judged import Selectivity
+from tl_modules.causes.verdicts import ALPHA
+from tl_modules.viz.figure import Figure
+from tl_modules.viz.panels import GRID, PALETTE, TEXT, canvas
+
+_ROW = 28
+_MARGIN = {"l": 10, "r": 20, "t": 50}
+_LEAST_ROWS = 3
+_LONGEST_NAME = 30
+_TILT = 35
+_SELECTIVE, _NOT_SELECTIVE = "#a9c3e0", "rgba(128,128,128,0.45)"
+_NOTE = {
+    "text": f"<b>*</b> q ≤ {ALPHA} against random units     outlined: own topic     "
+    "bars: selective (light blue), and beyond random units (blue), or neither (grey)",
+    "font": {"size": 12},
+    **{
+        "x": 0,
+        "xref": "container",
+        "y": 0,
+        "yref": "container",
+        "yanchor": "bottom",
+        "pad": {"l": 10, "b": 4},
+    },
+}
+_HOVER = {
+    "effect": "loss per token: %{customdata[0]:+.3f}",
+    "control_median": "random units: %{customdata[1]:+.3f}",
+    "excess": "beyond them: %{customdata[2]:+.3f}",
+    "low": "95 % interval: %{customdata[3]:.3f}",
+    "high": "to %{customdata[4]:.3f}",
+    "z": "z = %{customdata[5]:.1f}",
+    "p_rank": "p = %{customdata[6]:.3g}",
+    "q": "q = %{customdata[7]:.3g}",
+}
+"""Columns of the table, in the words of the hover text."""
+
+
+def selectivity_map(
+    result: Selectivity, control: str | None = None, *, names: Sequence[str] | None = None
+) -> Figure:
+    """What taking each module (rows) out costs each category (columns), beyond random units.
+
+    A cell is the rise in loss per token minus the median of the controls, in nats; blue is harm, red help.
+    Bold with an asterisk where q is at most 0.05. Outlined: the module's own topic. The bars are the
+    selectivity index: light blue where the module is selective, blue where it is causal too, else grey.
+
+    Args:
+        result: what `tl_modules.causes.selectivity` gives.
+        control: the kind of control that is subtracted; None for the first.
+        names: what to call the modules, in the order of `result.modules`; None takes their names.
+
+    Raises:
+        InputError: a kind of control that was not run.
+
+    Example:
+        >>> figure = selectivity_map(causes)
+        >>> figure.data[0].text.tolist(), figure.data[1].x.tolist()
+        ([['<b>1.50*</b>', '0.10'], ['−0.10', '0.20']], [0.9, 0.3])
+    """
+    control = check_choice("control", control or result.controls[0], result.controls)
+    table, modules = result.table[result.table["control"] == control], result.against(control)
+    own, categories = list(modules["module"]), list(dict.fromkeys(table["category"]))
+    foot = _foot(categories)
+    height = _MARGIN["t"] + _ROW * max(_LEAST_ROWS, len(own)) + foot
+    figure = make_subplots(
+        cols=2,
+        shared_yaxes=True,
+        column_widths=[0.8, 0.2],
+        horizontal_spacing=0.02,
+        subplot_titles=["Rise in loss per token, beyond random units (nats)", "Selectivity"],
+        figure=canvas(height, _MARGIN | {"b": foot}),
+    )
+    figure.add_trace(_cells(table, own, categories), row=1, col=1)
+    figure.add_trace(_bars(modules), row=1, col=2)
+    for row, topic in enumerate(modules["topic"]):
+        _outline(figure, row, categories.index(topic))
+    figure.update_layout(title=_NOTE)
+    _name_axes(figure, list(own if names is None else names), categories)
+    return figure
+
+
+def _cells(table: pd.DataFrame, names: list[str], categories: list[str]) -> go.Heatmap:
+    """Excess by module and category, with the numbers in the cells."""
+    by_column = {column: _square(table, column, names, categories) for column in _HOVER}
+    excess, q = by_column["excess"], by_column["q"]
+    limit = float(np.nanmax(np.abs(excess), initial=1e-9))
+    return go.Heatmap(
+        z=excess,
+        text=np.vectorize(_cell_text, otypes=[object])(excess, q),
+        texttemplate="%{text}",
+        textfont={"size": 12},
+        colorscale="RdBu",
+        zmin=-limit,
+        zmax=limit,
+        xgap=1,
+        ygap=1,
+        showscale=False,
+        customdata=np.stack(list(by_column.values()), axis=-1),
+        hovertext=[[_hover_title(name, category) for category in categories] for name in names],
+        hovertemplate="%{hovertext}<br>" + "<br>".join(_HOVER.values()) + "<extra></extra>",
+    )
+
+
+def _square(table: pd.DataFrame, column: str, names: list[str], categories: list[str]) -> np.ndarray:
+    wide = table.set_index(["module", "category"])[column].unstack()
+    return wide.reindex(index=names, columns=categories).to_numpy(dtype=np.float64)
+
+
+def _cell_text(excess: float, q: float) -> str:
+    number = f"{round(excess, 2) + 0.0:.2f}".replace("-", "−")
+    return f"<b>{number}*</b>" if q <= ALPHA else number
+
+
+def _hover_title(name: str, category: str) -> str:
+    return html.escape(f"{name} → {category}", quote=False)
+
+
+def _bars(modules: pd.DataFrame) -> go.Bar:
+    """The selectivity index of each module."""
+    colours = np.where(modules["selective"], _SELECTIVE, _NOT_SELECTIVE)
+    return go.Bar(
+        x=modules["index"],
+        y=list(range(len(modules))),
+        orientation="h",
+        width=0.7,
+        showlegend=False,
+        marker={"color": np.where(modules["causal"], PALETTE[0], colours)},
+        customdata=modules[["excess", "q_selective"]].to_numpy(dtype=np.float64),
+        hovertemplate="index %{x:.2f}<br>own topic, beyond random units: %{customdata[0]:+.3f}<br>"
+        "more than every other: q = %{customdata[1]:.3g}<extra></extra>",
+    )
+
+
+def _outline(figure: Figure, row: int, column: int) -> None:
+    edges = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5}
+    figure.add_shape(type="rect", **edges, line={"color": PALETTE[1], "width": 2.5}, row=1, col=1)
+
+
+def _name_axes(figure: Figure, names: list[str], categories: list[str]) -> None:
+    plain = {"showgrid": False, "zeroline": False, "ticks": "", "tickmode": "array"}
+    rows = [_short(name) for name in names]
+    figure.update_yaxes(
+        autorange="reversed", automargin=True, tickvals=list(range(len(rows))), ticktext=rows, **plain
+    )
+    columns = [_short(name) for name in categories]
+    figure.update_xaxes(
+        tickvals=list(range(len(columns))), ticktext=columns, tickangle=_TILT, **plain, row=1, col=1
+    )
+    least = min(figure.data[1].x, default=0)
+    figure.update_xaxes(
+        range=[-1.05 if least < 0 else 0, 1.05], nticks=4, gridcolor=GRID, zerolinecolor=TEXT, row=1, col=2
+    )
+
+
+def _foot(categories: list[str]) -> int:
+    """Pixels that the tilted names of the columns and the note below them need."""
+    return 38 + round(4.3 * max(len(_short(name)) for name in categories))
+
+
+def _short(name: str) -> str:
+    """Cut to 30 characters and escaped for plotly."""
+    cut = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1].rstrip(" ·") + "…"
+    return html.escape(cut, quote=False)
