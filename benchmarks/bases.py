@@ -26,9 +26,9 @@ from tl_modules import (
     UnitActivations,
     collect,
     find_modules,
-    predict_categories,
 )
 from tl_modules.demo_features import load_demo_features
+from tl_modules.evaluate import predict_categories
 
 
 def parts(units: pd.DataFrame) -> dict[str, np.ndarray]:

@@ -5,13 +5,15 @@
 
 Modules: IterD, 10 modules, seed 0, on the 2,100 train instructions of ../shared/data (neurons as the paper's
 code collects them; features of the shipped SAEs and transcoders, mean over the words in a chat). Tested on
-held-out instructions, in a chat, loss on the prompt's own tokens. Means and samples for the ablations are of
-train instructions. Features are left as they are on the first token, which they were not
-trained on. A module's own topic is the category most enriched among its train instructions. The
-method, with all its defaults, was fixed before any of these numbers was seen.
+held-out instructions as plain text, loss on the prompt's own tokens. Means and samples for the ablations are
+of train instructions. Features are left as they are on the first token, which they were not trained on. A
+module's own topic is the category most enriched among its train instructions. The method was fixed before any
+of these numbers was seen; the number of prompts and of tokens is what the time allowed.
 
 Each basis and method is one run, kept in the cache folder; runs that are there are not repeated. About
-(1 + n_controls) passes over the test prompts for each module: 40 minutes a run on 2 cores with the defaults.
+(1 + n_controls) passes over the test prompts for each module. The share of modules that hurt their own topic
+most needs no controls: the methods after the first can have fewer (`--controls-of-others`), and are then not
+judged against them.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ from instructions import DATA, activations, model
 
 from tl_modules import Modules, collect, find_modules
 from tl_modules.bases import NeuronBasis
+from tl_modules.causes.by_topic import selectivity
 from tl_modules.causes.judged import Selectivity
-from tl_modules.causes.selectivity import selectivity
 from tl_modules.demo_features import load_demo_features
 from tl_modules.sites import Basis
 
 N_MODULES = 10
+JUDGED_BY = 20
+"""Fewer controls are not enough to judge by."""
 POSITIONS = {"neurons": None, "features": slice(1, None)}
 """Where units are taken out. Features were not trained on the first token, an attention sink."""
 
@@ -58,14 +62,17 @@ def modules_of(name: str, cache: Path) -> Modules:
 
 
 def tested(name: str, method: str, options: argparse.Namespace) -> Selectivity:
-    sizes = f"{options.prompts}x{options.max_length}-{options.n_controls}-{options.controls}"
+    n_controls = options.n_controls
+    if method != options.methods[0] and options.controls_of_others is not None:
+        n_controls = options.controls_of_others
+    sizes = f"{options.prompts}x{options.max_length}-{n_controls}-{options.controls}"
     folder = options.cache / f"selectivity-{name}-{method}-{sizes}"
     if not (folder / "manifest.json").exists():
         reference = instructions("train", options.reference)["text"].tolist()
         result = selectivity(
             model(), modules_of(name, options.cache), instructions("test", options.prompts), method=method,
-            reference=None if method == "zero" else reference, n_controls=options.n_controls,
-            controls=options.controls, basis=basis_of(name), positions=POSITIONS[name], chat=True,
+            reference=None if method == "zero" else reference, n_controls=n_controls,
+            controls=options.controls, basis=basis_of(name), positions=POSITIONS[name],
             max_length=options.max_length,
         )  # fmt: skip
         result.save(folder)
@@ -79,15 +86,23 @@ def shares(name: str, method: str, result: Selectivity) -> list[dict[str, str]]:
             "units": name,
             "ablation": method,
             "control": str(row["control"]),
+            "controls": str(row["n_controls"]),
             "own topic hurt most": f"{row['share_raw']:.0%}",
-            "also beyond controls": f"{row['share_selective']:.0%}",
-            "causal": f"{row['share_causal']:.0%}",
             "own effect": f"{row['effect']:.2f}",
-            "excess": f"{row['excess']:.2f}",
-            "index": f"{row['index']:.2f}",
+            **(_beyond(row) if row["n_controls"] >= JUDGED_BY else dict.fromkeys(_beyond(row), "")),
         }
         for _, row in result.summary().iterrows()
     ]
+
+
+def _beyond(row: pd.Series) -> dict[str, str]:
+    """What only enough controls can tell."""
+    return {
+        "also beyond controls": f"{row['share_selective']:.0%}",
+        "causal": f"{row['share_causal']:.0%}",
+        "excess": f"{row['excess']:.2f}",
+        "index": f"{row['index']:.2f}",
+    }
 
 
 def by_module(result: Selectivity) -> list[dict[str, str]]:
@@ -141,6 +156,8 @@ def main() -> None:
     parts = ["Share of modules (medians over modules for effect, excess and index):"]
     parts.append(markdown([row for key, result in results.items() for row in shares(*key, result)]))
     for (name, method), result in results.items():
+        if result.n_controls < JUDGED_BY:
+            continue
         parts += [f"Modules of {name}, {method} ablation. {result.note}", markdown(by_module(result))]
     for name in options.bases:
         result = results[name, options.methods[0]]
@@ -151,8 +168,9 @@ def main() -> None:
     text = "\n\n".join(parts)
     print(text)
     if options.write:
-        sizes = ("prompts", "reference", "max_length", "n_controls", "controls")
-        given = " ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in sizes)
+        sizes = ("prompts", "reference", "max_length", "n_controls", "controls", "controls_of_others")
+        known = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
+        given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in known.items())
         write(options.write, f"Made by `python benchmarks/selectivity.py {given}`.\n\n{text}\n")
 
 
@@ -173,8 +191,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["mean", "zero", "resample"])
     parser.add_argument("--prompts", type=int, default=14, help="test instructions of each category")
     parser.add_argument("--reference", type=int, default=10, help="train instructions of each category")
-    parser.add_argument("--max-length", type=int, default=96, help="tokens, the chat template included")
+    parser.add_argument("--max-length", type=int, default=96, help="tokens of a prompt")
     parser.add_argument("--n-controls", type=int, default=20)
+    parser.add_argument("--controls-of-others", type=int, help="controls of the methods after the first")
     parser.add_argument("--controls", default="layers", choices=["layers", "strength", "both"])
     parser.add_argument("--write", type=Path, help="Markdown file with or without markers to write to")
     return parser.parse_args()

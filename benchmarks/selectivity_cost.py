@@ -20,8 +20,8 @@ import torch
 from instructions import DATA, model
 
 from tl_modules.ablator import Ablator
+from tl_modules.causes.by_topic import selectivity
 from tl_modules.causes.passages import Passages
-from tl_modules.causes.selectivity import selectivity
 from tl_modules.unit_values import reference_means, reference_samples
 
 

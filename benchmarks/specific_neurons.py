@@ -22,7 +22,7 @@ import pandas as pd
 from instructions import DATA, model
 
 from tl_modules import Modules, collect, find_modules
-from tl_modules.causes.cross_table import cross_table
+from tl_modules.causes.across_groups import cross_table
 from tl_modules.causes.passages import Passages
 from tl_modules.entropy import SpecificNeurons, specific_neurons
 from tl_modules.interventions import reference_means, reference_samples

@@ -6,7 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from jaxtyping import install_import_hook
 
-import tl_modules._kernels  # noqa: F401 - compiled code keeps its own cache and is not to be wrapped
+import tl_modules._kernels
 import tl_modules.geometry._kernels  # noqa: F401
 
 install_import_hook("tl_modules", "beartype.beartype")

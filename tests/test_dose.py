@@ -11,7 +11,7 @@ from tiny_models import ALL_MODELS
 from tl_modules._checks import InputError
 from tl_modules.ablator import Ablator
 from tl_modules.bases import HeadBasis, NeuronBasis
-from tl_modules.causes.dose import ALL, dose
+from tl_modules.causes.doses import ALL, dose
 from tl_modules.causes.order import predicted_harm
 from tl_modules.causes.passages import Passages
 from tl_modules.collection import collect

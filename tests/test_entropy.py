@@ -12,7 +12,7 @@ from tiny_models import ALL_MODELS, attention_only, has_hooked_transformer
 from tl_modules._checks import FileFormatError, InputError, UnsupportedModelError
 from tl_modules.active_counts import count_active
 from tl_modules.bases import HeadBasis, NeuronBasis
-from tl_modules.causes.cross_table import cross_table
+from tl_modules.causes.across_groups import cross_table
 from tl_modules.causes.passages import Passages
 from tl_modules.entropy import SpecificNeurons, activation_entropy, specific_neurons
 from tl_modules.interventions import ablate

@@ -26,19 +26,8 @@ ROOMS = [
     *("find", "evaluate"),
     *("sweep", "hierarchy"),
     *("_module_points", "_sae_points", "unit_cache", "_carries_modules", "hooked"),
-    *(
-        "_chosen",
-        "_where",
-        "unit_values",
-        "_edits",
-        "_new_values",
-        "interventions",
-        "ablator",
-        "patching",
-        "knockout",
-        "_writes",
-        "paths",
-    ),
+    *("_chosen", "_where", "unit_values", "_edits", "_new_values", "interventions", "ablator"),
+    *("patching", "knockout", "_writes", "paths"),
     *("attribution.scores", "attribution.read", "attribution.targets", "attribution.record"),
     *("attribution.components", "attribution.sources", "attribution.gradient"),
     *("attribution.direct", "attribution.direct_parts", "attribution.logit"),
@@ -55,8 +44,8 @@ ROOMS = [
     *("circuits.verify", "circuits.build"),
     *("circuits.profile", "circuits"),
     *("causes.passages", "causes.massive", "causes.controls", "causes.statistics", "causes.judged"),
-    *("causes.verdicts", "causes.trial", "causes.selectivity"),
-    *("causes.cross_table", "causes.order", "causes.dose"),
+    *("causes.verdicts", "causes.trial", "causes.by_topic"),
+    *("causes.across_groups", "causes.order", "causes.doses"),
     *("causes.generation", "causes.topics", "causes.steering", "causes"),
     *("entropy",),
     *("separability.importance", "separability.score", "separability.metrics", "separability.exam"),
@@ -71,7 +60,7 @@ DRAWN_BY_METHODS = {("module", "viz"), ("modules", "viz"), ("sweep", "viz"), ("h
 DRAWN_BY_METHODS |= {("circuits.pictures", "viz"), ("circuits.pictures", "viz.circuit_panels")}
 DRAWN_BY_METHODS |= {("circuits.view", "circuits.verify"), ("circuits.pictures", "viz.circuit_plotly")}
 DRAWN_BY_METHODS |= {("separability.result", "viz")}
-DRAWN_BY_METHODS |= {("causes.dose", "viz"), ("causes.judged", "viz")}
+DRAWN_BY_METHODS |= {("causes.doses", "viz"), ("causes.judged", "viz")}
 """`plot`, `report` and `verify` hand themselves to the room that does it."""
 
 

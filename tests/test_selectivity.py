@@ -13,9 +13,9 @@ from tiny_models import ALL_MODELS, has_hooked_transformer
 from tl_modules._checks import FileFormatError, InputError
 from tl_modules.ablator import Ablator
 from tl_modules.bases import HeadBasis, NeuronBasis, as_basis
+from tl_modules.causes.by_topic import selectivity
 from tl_modules.causes.judged import Selectivity
 from tl_modules.causes.passages import Passages
-from tl_modules.causes.selectivity import selectivity
 from tl_modules.causes.trial import Trial
 from tl_modules.interventions import reference_samples
 

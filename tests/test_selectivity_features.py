@@ -11,8 +11,8 @@ from tiny_models import ALL_MODELS
 from tiny_saes import tiny_sae
 
 from tl_modules._checks import InputError
+from tl_modules.causes.by_topic import selectivity
 from tl_modules.causes.passages import Passages
-from tl_modules.causes.selectivity import selectivity
 from tl_modules.features import FeatureBasis
 
 PROMPTS = ["the cat sat on the mat", "a dog ran", "one two three four five", "seven eight"]

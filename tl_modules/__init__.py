@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from tl_modules._checks import TLModulesError
     from tl_modules.activations import UnitActivations
     from tl_modules.bases import HeadBasis, NeuronBasis
+    from tl_modules.causes.by_topic import selectivity
+    from tl_modules.causes.doses import dose
+    from tl_modules.causes.steering import steering_effect
     from tl_modules.circuits.build import circuit
     from tl_modules.circuits.profile import circuit_profile
     from tl_modules.collection import collect
     from tl_modules.demo import load_demo_model, load_demo_prompts
     from tl_modules.demo_features import load_demo_features
-    from tl_modules.evaluate import compare_methods, predict_categories, stability
     from tl_modules.features import FeatureBasis
     from tl_modules.find import find_modules
     from tl_modules.hooked import HookedModuleTransformer, ModuleTransformerBridge
@@ -27,11 +29,10 @@ if TYPE_CHECKING:
     from tl_modules.iterd import IterD
     from tl_modules.module import Module
     from tl_modules.modules import Modules
-    from tl_modules.sites import Basis
+    from tl_modules.separability.loop import separate
     from tl_modules.sweep import sweep_modules
 
 _ROOM_OF = {
-    "Basis": "sites",
     "FeatureBasis": "features",
     "HeadBasis": "bases",
     "HookedModuleTransformer": "hooked",
@@ -46,19 +47,19 @@ _ROOM_OF = {
     "circuit": "circuits.build",
     "circuit_profile": "circuits.profile",
     "collect": "collection",
-    "compare_methods": "evaluate",
+    "dose": "causes.doses",
     "find_modules": "find",
     "load_demo_features": "demo_features",
     "load_demo_model": "demo",
     "load_demo_prompts": "demo",
-    "predict_categories": "evaluate",
-    "stability": "evaluate",
+    "selectivity": "causes.by_topic",
+    "separate": "separability.loop",
     "steer": "interventions",
+    "steering_effect": "causes.steering",
     "sweep_modules": "sweep",
 }
 
 __all__ = [
-    "Basis",
     "FeatureBasis",
     "HeadBasis",
     "HookedModuleTransformer",
@@ -74,14 +75,15 @@ __all__ = [
     "circuit",
     "circuit_profile",
     "collect",
-    "compare_methods",
+    "dose",
     "find_modules",
     "load_demo_features",
     "load_demo_model",
     "load_demo_prompts",
-    "predict_categories",
-    "stability",
+    "selectivity",
+    "separate",
     "steer",
+    "steering_effect",
     "sweep_modules",
 ]
 

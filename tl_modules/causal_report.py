@@ -10,11 +10,11 @@ import pandas as pd
 
 from tl_modules._checks import check_integer, refuse
 from tl_modules.bases import as_basis
+from tl_modules.causes.by_topic import selectivity
 from tl_modules.causes.controls import check_controls
-from tl_modules.causes.dose import Dose, dose
+from tl_modules.causes.doses import Dose, dose
 from tl_modules.causes.judged import Selectivity
 from tl_modules.causes.passages import Passages
-from tl_modules.causes.selectivity import selectivity
 from tl_modules.modules import Modules
 from tl_modules.sites import Basis
 from tl_modules.unit_values import reference_means, reference_samples, start_token

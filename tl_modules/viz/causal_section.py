@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tl_modules.causes.dose import Dose
+from tl_modules.causes.doses import Dose
 from tl_modules.causes.judged import Selectivity
 from tl_modules.causes.verdicts import ALPHA
 from tl_modules.modules import Modules

@@ -58,7 +58,7 @@ def selectivity_map(
     selectivity index: light blue where the module is selective, blue where it is causal too, else grey.
 
     Args:
-        result: what `tl_modules.causes.selectivity` gives.
+        result: what `tl_modules.selectivity` gives.
         control: the kind of control that is subtracted; None for the first.
         names: what to call the modules, in the order of `result.modules`; None takes their names.
 

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from tl_modules._checks import InputError, check_choice
-from tl_modules.causes.dose import ALL, Dose
+from tl_modules.causes.doses import ALL, Dose
 from tl_modules.viz.figure import Figure
 from tl_modules.viz.panels import GRID, PALETTE, TEXT, canvas
 
@@ -29,7 +29,7 @@ def dose_curve(dose: Dose, topic: str | None = None) -> Figure:
     line marks the smallest measured core with 80 % of the topic's full effect.
 
     Args:
-        dose: what `tl_modules.causes.dose` gives.
+        dose: what `tl_modules.dose` gives.
         topic: the category to bring out; None for the one hurt most by the whole set.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tl_modules._checks import check_integer, refuse
 from tl_modules._version import __version__
-from tl_modules.causes.dose import Dose
+from tl_modules.causes.doses import Dose
 from tl_modules.causes.judged import Selectivity
 from tl_modules.modules import Modules
 from tl_modules.viz.causal_section import causal_context
