@@ -250,6 +250,16 @@ def test_same_seed_same_result(planted):
     assert not np.allclose(one.control_effects["layers"], other.control_effects["layers"])
 
 
+def test_chats_are_their_own_reference(planted, monkeypatch):
+    template = "{% for message in messages %}filler1 {{ message['content'] }}{% endfor %}"
+    monkeypatch.setattr(planted.model.tokenizer, "chat_template", template)
+    how = {"n_controls": 2, "method": "mean", "progress": False, "n_bootstrap": 50, "chat": True}
+    result = selectivity(planted.model, {"one": ["L0N1"]}, planted.prompts.head(30), **how)
+    passages = Passages(planted.model, planted.prompts.head(30), chat=True)
+    assert passages.token_lists()[0][0] == planted.model.tokenizer.convert_tokens_to_ids("filler1")
+    np.testing.assert_allclose(result.samples["loss"], passages.scores(planted.model).mean_loss())
+
+
 def test_heads_passages_and_continuations():
     model = ALL_MODELS[MODELS[-1]]()
     modules = labelled(model, HeadBasis(), np.arange(12) % 2)

@@ -101,10 +101,12 @@ def selectivity(
     own, source = _own_topics(modules, list(sets), judge.categories, topics)
     sites = basis.sites(model)
     masks = {name: _mask(sites, units, name) for name, units in sets.items()}
+    chat = reading.get("chat")
     if method != "zero" and reference is None:
-        reference = passages.token_lists()
+        # Token ids, which are in the chat template already.
+        reference, chat = passages.token_lists(), None
     how = {"method": method, "reference": reference, "random_state": random_state, "progress": progress}
-    ablator = Ablator(model, basis, **how, positions=positions, chat=reading.get("chat"))
+    ablator = Ablator(model, basis, **how, positions=positions, chat=chat)
     trial = Trial(ablator, passages, masks, kinds, n_controls, random_state, progress)
     with trial.counting():
         measured, with_massive = trial.measured(), trial.with_massive()
