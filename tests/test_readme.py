@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import transformer_lens
-from planted import planted_hooked
+from planted import planted_hooked, planted_prompts
 from test_planted_features import hand_built
 from typer.testing import CliRunner
 
@@ -35,12 +35,13 @@ def test_python(planted, tmp_path, monkeypatch):
         monkeypatch.setitem(transformer_lens.__dict__, name, Loader)
     saes, _ = hand_built("sae")
     monkeypatch.setattr(FeatureBasis, "from_pretrained", lambda release, sae_ids: FeatureBasis(saes))
-    names = {"prompts": planted.prompts}
+    names = {"prompts": planted.prompts, "held_out": planted_prompts(seed=1)[0]}
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), names)
     assert names["acts"].n_samples == len(planted.prompts)
     assert names["modules"].n_modules == names["features"].n_modules == 20
     assert names["silent"]
+    assert len(names["tested"].modules) == 20
     assert not names["wrapped"].module_hook_names
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
