@@ -171,12 +171,17 @@ def main() -> None:
         sizes = ("prompts", "reference", "max_length", "n_controls", "controls", "controls_of_others")
         known = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
         given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in known.items())
-        write(options.write, f"Made by `python benchmarks/selectivity.py {given}`.\n\n{text}\n")
+        name = " ".join(options.bases)
+        write(
+            options.write,
+            name,
+            f"Made by `python benchmarks/selectivity.py --bases {name} {given}`.\n\n{text}\n",
+        )
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, name: str, text: str) -> None:
     """Put the text between its markers, which are added at the end if they are missing."""
-    start, end = "<!-- selectivity: begin -->\n", "<!-- selectivity: end -->\n"
+    start, end = (f"<!-- selectivity of {name}: {where} -->\n" for where in ("begin", "end"))
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     if start not in old:
         old += f"\n{start}{end}"
