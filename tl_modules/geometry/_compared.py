@@ -1,0 +1,175 @@
+"""Units that take part, their lobes and geometric clusters, and what the two share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from tl_modules._checks import check_choice, check_integer, refuse
+from tl_modules.geometry._agreement import MutualInformation, against_null, deciles_of, permuted_within
+from tl_modules.geometry._probe import probe_accuracy, probe_nulls, random_directions
+from tl_modules.geometry._spectral import spectral_labels
+from tl_modules.geometry.affinity import (
+    AFFINITIES,
+    affinity,
+    as_rows,
+    geometric,
+    geometric_neighbours,
+    neighbours,
+    unit_directions,
+)
+from tl_modules.geometry.cooccurrence import Cooccurrence
+
+Labels = Int[np.ndarray, " unit"]
+ByNumber = dict[int, Labels]
+NULLS = ("permuted", "within firing deciles", "random directions")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How lobes are made and what they are compared with; see `lobes`."""
+
+    min_blocks: int
+    n_neighbours: int | None
+    n_permutations: int
+    n_random: int
+    n_probe: int
+    random_state: int
+
+    def __post_init__(self) -> None:
+        check_integer("min_blocks", self.min_blocks, least=1)
+        check_integer("random_state", self.random_state, least=0)
+        for name in ("n_permutations", "n_random", "n_probe"):
+            check_integer(name, getattr(self, name), least=0)
+        if self.n_neighbours is not None:
+            check_integer("n_neighbours", self.n_neighbours, least=1)
+
+
+def check_numbers(n_lobes: Sequence[int], kinds: Sequence[str], n_units: int) -> list[int]:
+    """Refuse numbers of lobes and affinities that cannot be, before long work."""
+    for kind in kinds:
+        check_choice("affinity", kind, AFFINITIES)
+    cure = "Take fewer lobes, a lower min_blocks or more text."
+    return [check_integer("n_lobes", n, least=2, most=max(2, n_units - 1), cure=cure) for n in n_lobes]
+
+
+def taking_part(co: Cooccurrence, directions: Any, min_blocks: int) -> tuple[np.ndarray, dict[str, int]]:
+    """Which units are clustered, and how many are not, by reason.
+
+    A unit that is hardly ever on has no affinity worth the name, and after the shift of phi a high one with
+    everything; a unit that is always on likewise. A direction of length 0 has no angle.
+    """
+    rare, always = co.counts < min_blocks, np.equal(co.counts, co.n_blocks)
+    none: Any = np.zeros_like(rare)
+    if directions is not None:
+        rows = as_rows(directions)
+        if len(rows) != co.n_units:
+            refuse("directions", got=f"{len(rows)} rows", want=f"one for each of the {co.n_units} units")
+        none = ~rows.any(axis=1)
+    kept = ~(rare | always | none)
+    if kept.sum() < 3:
+        got, want = f"{kept.sum()} units that are on in {min_blocks} blocks and not in all", "at least 3"
+        refuse("co", got=got, want=want, cure="Use more text, or another block or threshold.")
+    dropped = {
+        "rare": int(rare.sum()),
+        "always_on": int((always & ~rare).sum()),
+        "zero_direction": int(none.sum()),
+    }
+    return kept, dropped
+
+
+def lobe_labels(co: Cooccurrence, kind: str, n_lobes: Sequence[int], settings: Settings) -> ByNumber:
+    """Clusters by what fires together."""
+    graph: Any
+    if settings.n_neighbours is None:
+        graph = affinity(co, kind, shifted=kind == "phi")
+    else:
+        graph = neighbours(co, settings.n_neighbours, kind)
+    return spectral_labels(graph, n_lobes, settings.random_state)
+
+
+def geometric_labels(
+    directions: Float[np.ndarray, "unit d_model"], n_lobes: Sequence[int], settings: Settings
+) -> ByNumber:
+    """Clusters by what lies together."""
+    graph: Any
+    if settings.n_neighbours is None:
+        graph = geometric(directions)
+    else:
+        graph = geometric_neighbours(directions, settings.n_neighbours)
+    return spectral_labels(graph, n_lobes, settings.random_state)
+
+
+def random_labels(shape: tuple[int, ...], n_lobes: Sequence[int], settings: Settings) -> list[ByNumber]:
+    """Clusters of random directions, once for each draw."""
+    rng = np.random.default_rng(settings.random_state)
+    draws = [random_directions(shape, rng) for _ in range(settings.n_random)]
+    return [geometric_labels(draw, n_lobes, settings) for draw in draws]
+
+
+def compared(
+    found: Labels, lying: Labels, counts: Labels, random: Sequence[Labels], settings: Settings
+) -> tuple[float, pd.DataFrame]:
+    """AMI of lobes with geometric clusters, and a row for each null.
+
+    Args:
+        found: lobe of each unit.
+        lying: geometric cluster of each unit.
+        counts: how often each unit is on.
+        random: geometric clusters of random directions.
+        settings: how many permutations, and the seed.
+
+    Returns:
+        The AMI, and the columns null, n, mean, sd, z, p.
+    """
+    shared, rng = MutualInformation(found, lying), np.random.default_rng(settings.random_state)
+    ami, deciles = shared.adjusted(lying), deciles_of(counts)
+    whole = np.zeros_like(deciles)
+    draws = {
+        name: [shared.adjusted(permuted_within(lying, g, rng)) for _ in range(settings.n_permutations)]
+        for name, g in zip(NULLS, (whole, deciles), strict=False)
+    }
+    draws[NULLS[2]] = [MutualInformation(found, other).adjusted(other) for other in random]
+    return ami, null_rows(ami, {name: np.array(values) for name, values in draws.items()})
+
+
+def spread(labels: Int[np.ndarray, " kept"], kept: np.ndarray) -> Labels:
+    """Labels of all units: -1 for those that were dropped.
+
+    Example:
+        >>> spread(np.array([1, 0]), np.array([True, False, True]))
+        array([ 1, -1,  0])
+    """
+    result = np.full(len(kept), -1)
+    result[kept] = labels
+    return result
+
+
+def null_rows(found: float, nulls: dict[str, np.ndarray]) -> pd.DataFrame:
+    """A row for each null that was drawn."""
+    rows = [
+        {"null": name, "n": len(draws), "found": found, **against_null(found, draws)}
+        for name, draws in nulls.items()
+        if len(draws)
+    ]
+    return pd.DataFrame(rows, columns=["null", "n", "found", "mean", "sd", "z", "p"])
+
+
+def probed(directions: Any, labels: Labels, settings: Settings) -> tuple[float, pd.DataFrame]:
+    """Balanced accuracy of lobe from direction, and a row for each null; nan and none if not asked for."""
+    if not settings.n_probe:
+        return float("nan"), null_rows(0.0, {})
+    unit = unit_directions(directions)
+    accuracy = probe_accuracy(unit, labels, settings.random_state)
+    return accuracy, null_rows(accuracy, probe_nulls(unit, labels, settings.n_probe, settings.random_state))
+
+
+def by_frequency(labels: Labels, counts: Labels) -> float:
+    """AMI of the lobes with tenths of the units by how often they are on."""
+    deciles = deciles_of(counts)
+    return MutualInformation(labels, deciles).adjusted(deciles)

@@ -1,0 +1,170 @@
+"""Directions in which difference vectors vary without telling relations apart, found and taken out.
+
+Source: linear discriminant analysis as used by Li et al. 2024 ("The Geometry of Concepts", arXiv 2410.19750),
+with shrinkage of Ledoit and Wolf 2004.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_modules._checks import check_integer, refuse
+from tl_modules.geometry._clouds import as_points
+
+_FLOOR = 1e-10
+"""Of the variance within relations, as a share of all variance."""
+
+Differences = Float[np.ndarray, "pair dimension"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Distractors:
+    """The subspace in which relations differ, and with it all that is orthogonal; made by `fit_distractors`.
+
+    `project` acts on any vectors of the same space: differences, words, steering vectors.
+    """
+
+    signal_basis: Float[np.ndarray, "dimension kept"]
+    """Orthonormal columns; their span is that of the leading modes of S_w^-1 S_b, in order."""
+    scalings: Float[np.ndarray, "dimension kept"]
+    """These modes themselves, scaled so that the pooled covariance within relations is the identity."""
+    eigvals: Float[np.ndarray, " mode"]
+    """Variance between relations over that within, of all modes, descending."""
+    shrinkage: float
+    """What was used: 0 the covariance as measured, 1 a multiple of the identity."""
+    n_fitted: int
+    """Differences that it was fitted to."""
+
+    @property
+    def n_keep(self) -> int:
+        """Dimensions of the signal."""
+        return int(self.signal_basis.shape[1])
+
+    def project(self, x: Any) -> Any:
+        """The signal part of vectors: same shape, same type; arrays come back as float64.
+
+        Args:
+            x: [..., dimension], array or tensor.
+
+        Raises:
+            InputError: vectors of another length.
+
+        Example:
+            >>> noise = np.random.default_rng(0).normal(size=(40, 3)) * [9, 1, 1]
+            >>> labels = np.arange(40) % 2
+            >>> found = fit_distractors(noise + labels[:, None] * [0, 9, 0], labels)
+            >>> bool(abs(found.project([1.0, 0.0, 0.0])).max() < 0.1)
+            True
+        """
+        self._check(x)
+        if isinstance(x, Tensor):
+            basis = torch.as_tensor(self.signal_basis, dtype=x.dtype, device=x.device)
+            return x @ basis @ basis.T
+        return np.asarray(x, dtype=np.float64) @ self.signal_basis @ self.signal_basis.T
+
+    def coordinates(self, x: Any) -> Float[np.ndarray, "*rows kept"]:
+        """Of vectors in the signal basis; distances are those of `project`."""
+        self._check(x)
+        return np.asarray(x, dtype=np.float64) @ self.signal_basis
+
+    def whitened(self, x: Any) -> Float[np.ndarray, "*rows kept"]:
+        """What LDA's own transform gives, up to a shift: within relations all directions vary alike."""
+        self._check(x)
+        return np.asarray(x, dtype=np.float64) @ self.scalings
+
+    def _check(self, x: Any) -> None:
+        shape = tuple(np.shape(x))
+        if shape[-1:] != self.signal_basis.shape[:1]:
+            refuse("x", got=f"the shape {shape}", want=f"vectors of {len(self.signal_basis)} numbers")
+
+    def __repr__(self) -> str:
+        told = f"{self.n_keep} of {len(self.signal_basis)} dimensions kept, {self.n_fitted} differences"
+        return f"Distractors({told}, shrinkage {self.shrinkage:.3g})"
+
+
+def fit_distractors(
+    differences: Any,
+    labels: Any,
+    n_keep: int | None = None,
+    shrinkage: float | int | None = None,
+) -> Distractors:
+    """Which directions tell relations apart, by linear discriminant analysis of difference vectors.
+
+    Score it on other words than these: in few more samples than dimensions LDA parts pure noise perfectly.
+    Relations count alike in the covariance between them, however many pairs they have.
+
+    Args:
+        differences: [pair, dimension].
+        labels: the relation of each.
+        n_keep: modes to keep, one less than there are relations at most; None for that many.
+        shrinkage: of the covariance within relations towards a multiple of the identity, from 0 to 1; None
+            takes Ledoit and Wolf's estimate. Needed where there are fewer than ten differences a dimension.
+
+    Raises:
+        InputError: differences or labels that do not fit each other, fewer than two relations, one with
+            fewer than two pairs, or a number out of range; or shrinkage 0 with too few differences.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.arange(60) % 3
+        >>> found = fit_distractors(rng.normal(size=(60, 5)) + 4 * np.eye(5)[labels], labels)
+        >>> found
+        Distractors(2 of 5 dimensions kept, 60 differences, shrinkage 0...)
+        >>> (found.signal_basis.T @ found.signal_basis).round(6) + 0.0
+        array([[1., 0.],
+               [0., 1.]])
+    """
+    from scipy.linalg import solve_triangular
+
+    cloud = as_points("differences", differences)
+    code = _codes(labels, len(cloud))
+    n_relations = int(code.max()) + 1
+    most = min(n_relations - 1, cloud.shape[1])
+    kept = most if n_keep is None else check_integer("n_keep", n_keep, least=1, most=most)
+    means = np.stack([cloud[code == relation].mean(0) for relation in range(n_relations)])
+    within, used = _shrunk(cloud - means[code], n_relations, shrinkage)
+    # Differences that are all alike within relations have no covariance: the floor lets them be the signal.
+    within[np.diag_indices(len(within))] += _FLOOR * cloud.var(0).mean()
+    root = np.linalg.cholesky(within)
+    apart = (means - means.mean(0)).T / np.sqrt(n_relations)
+    left, singular, _ = np.linalg.svd(solve_triangular(root, apart, lower=True), full_matrices=False)
+    modes = solve_triangular(root, left[:, :kept], lower=True, trans="T")
+    basis, _ = np.linalg.qr(modes)
+    return Distractors(basis, modes, singular[:most] ** 2, used, len(cloud))
+
+
+def _codes(labels: Any, n: int) -> np.ndarray:
+    names = np.asarray(labels, dtype=object).astype(str)
+    if names.shape != (n,):
+        refuse("labels", got=f"the shape {names.shape}", want=f"{n}, one a difference")
+    found, code, counts = np.unique(names, return_inverse=True, return_counts=True)
+    if len(found) < 2 or counts.min() < 2:
+        got = f"{len(found)} relations, the smallest of {counts.min()} pairs"
+        refuse("labels", got=got, want="two relations of two pairs or more")
+    return code
+
+
+def _shrunk(
+    residuals: Differences, n_relations: int, shrinkage: float | int | None
+) -> tuple[np.ndarray, float]:
+    """The pooled covariance within relations, shrunk, and by how much."""
+    d, freedom = residuals.shape[1], max(len(residuals) - n_relations, 1)
+    pooled = residuals.T @ residuals / freedom
+    if shrinkage is None:
+        from sklearn.covariance import ledoit_wolf_shrinkage
+
+        shrinkage = max(float(ledoit_wolf_shrinkage(residuals, assume_centered=True)), _FLOOR)
+    if isinstance(shrinkage, bool) or not 0 <= shrinkage <= 1:
+        refuse("shrinkage", got=repr(shrinkage), want="a number from 0 to 1, or None")
+    if shrinkage == 0 and freedom < d:
+        want = f"more than 0 with {len(residuals)} differences of {d} numbers"
+        refuse("shrinkage", got=shrinkage, want=want, cure="Leave it out.")
+    shrunk = (1 - shrinkage) * pooled
+    shrunk[np.diag_indices(d)] += shrinkage * np.trace(pooled) / d
+    return shrunk, float(shrinkage)

@@ -1,0 +1,177 @@
+"""Lobes over several numbers and affinities at once: where does geometry agree with firing?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly
+from tqdm.auto import tqdm
+
+from tl_modules.geometry._compared import (
+    ByNumber,
+    Settings,
+    by_frequency,
+    check_numbers,
+    compared,
+    geometric_labels,
+    lobe_labels,
+    probed,
+    random_labels,
+    spread,
+    taking_part,
+)
+from tl_modules.geometry.affinity import AFFINITIES, as_rows
+from tl_modules.geometry.cooccurrence import Cooccurrence
+
+_SHORT = {"permuted": "", "within firing deciles": "_deciles", "random directions": "_random"}
+"""What the columns of each null end in."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LobeTable:
+    """Agreement of lobes with geometry, by affinity and number of lobes.
+
+    Args:
+        table: a row each: affinity, n_lobes, smallest (units in the smallest lobe), ami, ami_frequency;
+            null_mean, z and p with labels permuted; the same ending in _deciles within tenths by frequency,
+            in _random for random directions; and, if asked for, accuracy of the probe, with the same ending
+            in _probe against permuted directions.
+        labels: the lobes themselves, by affinity and number; -1 for dropped units.
+        geometric_labels: the geometric clusters, by number.
+        units: the table of units.
+        dropped: how many units were dropped, by reason.
+        source: the settings.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> bits = rng.random((200, 12)) < np.kron(np.eye(2), np.full((100, 6), 0.6))
+        >>> directions = np.repeat(np.eye(2, 4), 6, axis=0) + 0.1 * rng.normal(size=(12, 4))
+        >>> co = Cooccurrence.from_bits(bits)
+        >>> lobe_table(co, directions, [2, 3], ["phi"], progress=False)
+        LobeTable(12 units, 2 to 3 lobes, phi)
+    """
+
+    table: pd.DataFrame
+    labels: Mapping[tuple[str, int], np.ndarray]
+    geometric_labels: Mapping[int, np.ndarray]
+    units: pd.DataFrame
+    dropped: Mapping[str, int]
+    source: Mapping[str, Any]
+
+    def plot(self) -> plotly.graph_objects.Figure:
+        """AMI against the number of lobes, a line for each affinity.
+
+        Example:
+            See `tl_modules.viz.geometry_lobes.lobe_lines`.
+        """
+        from tl_modules.viz.geometry_lobes import lobe_lines
+
+        return lobe_lines(self)
+
+    def __repr__(self) -> str:
+        n_units = len(self.units) - sum(self.dropped.values())
+        numbers, kinds = self.table["n_lobes"], ", ".join(self.table["affinity"].unique())
+        return f"LobeTable({n_units:,} units, {numbers.min()} to {numbers.max()} lobes, {kinds})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.table.to_html(index=False, float_format='{:.3g}'.format)}"
+
+
+def lobe_table(
+    co: Cooccurrence,
+    directions: Any,
+    n_lobes: Sequence[int] = (2, 4, 8, 16, 32, 64, 128),
+    affinities: Sequence[str] = tuple(AFFINITIES),
+    *,
+    min_blocks: int = 2,
+    n_neighbours: int | None = None,
+    n_permutations: int = 100,
+    n_random: int = 5,
+    n_probe: int = 0,
+    random_state: int = 0,
+    progress: bool = True,
+) -> LobeTable:
+    """Cluster by each affinity into each number of lobes, and compare all with the geometric clusters.
+
+    Eigenvectors are computed once for each affinity and for the directions, not again for each number.
+
+    Args:
+        co: which units are on in which blocks.
+        directions: [unit, d_model], one for each unit of `co`.
+        n_lobes: numbers of lobes.
+        affinities: by which measures; see `lobes`.
+        min_blocks: as in `lobes`.
+        n_neighbours: as in `lobes`.
+        n_permutations: as in `lobes`.
+        n_random: as in `lobes`.
+        n_probe: draws of the probe's nulls; 0, the default, for no probe, which takes most of the time.
+        random_state: seed of everything.
+        progress: show a progress bar over the affinities.
+
+    Raises:
+        InputError: as `lobes`, or no numbers or affinities.
+
+    Example:
+        See `LobeTable`.
+
+        >>> lobe_table(Cooccurrence.from_bits(np.eye(9)), np.eye(9), [2], ["ph"], min_blocks=1)
+        Traceback (most recent call last):
+        ...
+        tl_modules._checks.InputError: affinity: got 'ph', expected one of ... Did you mean 'phi'?
+    """
+    settings = Settings(min_blocks, n_neighbours, n_permutations, n_random, n_probe, random_state)
+    kept, dropped = taking_part(co, directions, min_blocks)
+    numbers = check_numbers(sorted(set(n_lobes)), affinities, int(kept.sum()))
+    part, rows = co.of_units(kept), as_rows(directions)[kept]
+    lying = geometric_labels(rows, numbers, settings)
+    random = random_labels(rows.shape, numbers, settings)
+    found = {
+        kind: lobe_labels(part, kind, numbers, settings)
+        for kind in tqdm(affinities, "affinities", disable=not progress)
+    }
+    lines = [
+        _line(kind, k, part, rows, labels[k], lying[k], random, settings)
+        for kind, labels in found.items()
+        for k in numbers
+    ]
+    return LobeTable(
+        table=pd.DataFrame(lines),
+        labels={(kind, k): spread(own[k], kept) for kind, own in found.items() for k in numbers},
+        geometric_labels={k: spread(lying[k], kept) for k in numbers},
+        units=co.units,
+        dropped=dropped,
+        source={**co.source, **vars(settings)},
+    )
+
+
+def _line(
+    kind: str,
+    k: int,
+    co: Cooccurrence,
+    directions: np.ndarray,
+    labels: np.ndarray,
+    lying: np.ndarray,
+    random: list[ByNumber],
+    settings: Settings,
+) -> dict[str, Any]:
+    ami, nulls = compared(labels, lying, co.counts, [draw[k] for draw in random], settings)
+    line: dict[str, Any] = {
+        "affinity": kind,
+        "n_lobes": k,
+        "smallest": int(np.bincount(labels).min()),
+        "ami": ami,
+    }
+    for null in nulls.itertuples():
+        end = _SHORT[str(null.null)]
+        line |= {f"null_mean{end}": null.mean, f"z{end}": null.z, f"p{end}": null.p}
+    line["ami_frequency"] = by_frequency(labels, co.counts)
+    if settings.n_probe:
+        accuracy, of_probe = probed(directions, labels, settings)
+        permuted = of_probe.set_index("null").loc["probe, permuted"]
+        line |= {"accuracy": accuracy, "null_mean_probe": permuted["mean"]}
+        line |= {"z_probe": permuted["z"], "p_probe": permuted["p"]}
+    return line

@@ -1,0 +1,235 @@
+"""Lobes: groups of units that fire together; do they also lie together in the space they write to?
+
+Source: Li et al., "The Geometry of Concepts" (arXiv 2410.19750), the section on lobes. Nulls beyond a
+permutation of labels are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly
+from jaxtyping import Float, Int
+
+from tl_modules._checks import check_choice, refuse
+from tl_modules.geometry._compared import (
+    Settings,
+    by_frequency,
+    check_numbers,
+    compared,
+    geometric_labels,
+    lobe_labels,
+    probed,
+    random_labels,
+    spread,
+    taking_part,
+)
+from tl_modules.geometry.affinity import as_rows
+from tl_modules.geometry.cooccurrence import Cooccurrence
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Lobes:
+    """Units in groups that fire together, and how far these are groups that lie together.
+
+    Args:
+        labels: the lobe of each unit of `co`; -1 for units that were dropped.
+        geometric_labels: the same by the angle of their directions; all -1 without directions.
+        affinity: by which measure.
+        n_lobes: how many.
+        units: the table of units.
+        ami: adjusted mutual information of the two labelings; nan without directions.
+        accuracy: balanced accuracy of a lobe told from a direction, cross-validated; nan if not asked for.
+        ami_frequency: adjusted mutual information of lobes with tenths of units by how often they are on:
+            where it is large, lobes are about frequency.
+        nulls: a row for each null of `ami`, and of `accuracy` where its name begins with "probe": n (draws),
+            found, mean, sd, z and p = (1 + draws that reach what was found) / (1 + n).
+        dropped: how many units were dropped, by reason.
+        source: the settings.
+
+    Example:
+        >>> bits = np.random.default_rng(0).random((200, 12)) < np.kron(np.eye(2), np.full((100, 6), 0.6))
+        >>> found = lobes(Cooccurrence.from_bits(bits), 2)
+        >>> found, found.sizes
+        (Lobes(2 lobes of 12 units by phi), array([6, 6]))
+    """
+
+    labels: Int[np.ndarray, " unit"]
+    geometric_labels: Int[np.ndarray, " unit"]
+    affinity: str
+    n_lobes: int
+    units: pd.DataFrame
+    ami: float
+    accuracy: float
+    ami_frequency: float
+    nulls: pd.DataFrame
+    dropped: Mapping[str, int]
+    source: Mapping[str, Any]
+
+    @property
+    def sizes(self) -> Int[np.ndarray, " lobe"]:
+        """Units in each lobe."""
+        return np.bincount(self.labels[self.labels >= 0], minlength=self.n_lobes)
+
+    def winners(self, co: Cooccurrence) -> Int[np.ndarray, " block"]:
+        """The lobe with the largest share of its units on in each block; -1 where none is on.
+
+        Args:
+            co: blocks of any texts, of the same units.
+
+        Raises:
+            InputError: other units.
+
+        Example:
+            >>> bits = np.kron(np.eye(2), 1 - np.eye(3))
+            >>> co = Cooccurrence.from_bits(bits)
+            >>> won = lobes(co, 2, min_blocks=1).winners(co)
+            >>> won[:3] == won[0], won[0] != won[3]
+            (array([ True,  True,  True]), np.True_)
+        """
+        if list(co.units["label"]) != list(self.units["label"]):
+            refuse("co", got="other units", want="the units of these lobes")
+        member = self.labels[:, None] == np.arange(self.n_lobes)
+        share = (co.bits @ member.astype(np.float64)) / np.maximum(self.sizes, 1)
+        return np.where(share.any(axis=1), share.argmax(axis=1), -1).astype(np.int64)
+
+    def wins(self, co: Cooccurrence, by: str = "category") -> pd.DataFrame:
+        """Which texts each lobe wins.
+
+        Args:
+            co: blocks of any texts, of the same units.
+            by: a column of `co.blocks`.
+
+        Returns:
+            A row for each kind of text: n_blocks, the share of them that each lobe wins, and `majority`, the
+            lobe that wins most.
+
+        Raises:
+            InputError: other units, or no such column.
+
+        Example:
+            >>> bits = np.random.default_rng(0).random((200, 12)) < np.kron(np.eye(2), np.full((100, 6), 0.6))
+            >>> kinds = pd.DataFrame({"category": ["prose"] * 100 + ["code"] * 100})
+            >>> co = Cooccurrence.from_bits(bits, blocks=kinds)
+            >>> lobes(co, 2).wins(co)[[0, 1]].max(axis=1).tolist()
+            [1.0, 1.0]
+        """
+        check_choice("by", by, co.blocks.columns)
+        won = pd.crosstab(co.blocks[by].to_numpy(), self.winners(co))
+        won = won.reindex(columns=range(self.n_lobes), fill_value=0)
+        table = won.div(co.blocks_per(by).loc[won.index].to_numpy(), axis=0)
+        table.insert(0, "n_blocks", co.blocks_per(by).loc[won.index].to_numpy())
+        table["majority"] = won.to_numpy().argmax(axis=1)
+        return table.rename_axis(index=by, columns=None)
+
+    def plot(self, places: Any) -> plotly.graph_objects.Figure:
+        """A map of the units, coloured by lobe; see `tl_modules.viz.geometry_lobes.lobe_map`.
+
+        Args:
+            places: directions [unit, d_model], shown by their first two principal components; or places
+                [unit, 2] of your own making, such as a UMAP.
+        """
+        from tl_modules.viz.geometry_lobes import lobe_map
+
+        return lobe_map(self, places)
+
+    def __repr__(self) -> str:
+        n_units = int((self.labels >= 0).sum())
+        told = "" if np.isnan(self.ami) else f", AMI with geometry {self.ami:.3f}"
+        return f"Lobes({self.n_lobes} lobes of {n_units:,} units by {self.affinity}{told})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.nulls.to_html(index=False, float_format='{:.3g}'.format)}"
+
+
+def lobes(
+    co: Cooccurrence,
+    n_lobes: int,
+    *,
+    affinity: str = "phi",
+    directions: Any = None,
+    min_blocks: int = 2,
+    n_neighbours: int | None = None,
+    n_permutations: int = 100,
+    n_random: int = 5,
+    n_probe: int = 10,
+    random_state: int = 0,
+) -> Lobes:
+    """Cluster units by what fires together and, where directions are given, ask whether they lie together.
+
+    Spectral clustering of the affinity (phi + 1, the others as they are), as in the paper. With directions,
+    the same clustering of their angles is compared with it by adjusted mutual information (AMI), and a
+    logistic regression tells lobes from directions, held out. AMI is judged against three nulls: labels
+    permuted; permuted within tenths of the units by how often they are on, which keeps what frequency alone
+    explains; and random directions, clustered anew. With few draws z is an extrapolation: read p as well.
+
+    Args:
+        co: which units are on in which blocks.
+        n_lobes: how many lobes.
+        affinity: "phi", "jaccard", "dice", "overlap" or "simple_matching".
+        directions: [unit, d_model], one for each unit of `co`, such as `basis.write_directions(model)`.
+        min_blocks: units on in fewer blocks, or in all, are dropped.
+        n_neighbours: edges of each unit in a sparse graph; None for the dense matrix, refused beyond memory.
+        n_permutations: draws of the two permutation nulls.
+        n_random: draws of random directions; each is a clustering of its own.
+        n_probe: draws of the probe's nulls; 0 for no probe.
+        random_state: seed of everything.
+
+    Returns:
+        Labels of all units of `co`, scores and nulls.
+
+    Raises:
+        InputError: settings or directions that do not fit, too few units, or a matrix beyond memory.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> bits = rng.random((200, 12)) < np.kron(np.eye(2), np.full((100, 6), 0.6))
+        >>> directions = np.repeat(np.eye(2, 4), 6, axis=0) + 0.1 * rng.normal(size=(12, 4))
+        >>> found = lobes(Cooccurrence.from_bits(bits), 2, directions=directions, n_probe=0)
+        >>> found.ami, found.nulls["null"].tolist()
+        (1.0, ['permuted', 'within firing deciles', 'random directions'])
+    """
+    settings = Settings(min_blocks, n_neighbours, n_permutations, n_random, n_probe, random_state)
+    kept, dropped = taking_part(co, directions, min_blocks)
+    check_numbers([n_lobes], [affinity], int(kept.sum()))
+    part = co.of_units(kept)
+    labels = lobe_labels(part, affinity, [n_lobes], settings)[n_lobes]
+    scores = _unknown()
+    if directions is not None:
+        scores = _scores(part, labels, as_rows(directions)[kept], n_lobes, settings)
+    return Lobes(
+        labels=spread(labels, kept),
+        geometric_labels=spread(scores.pop("lying", np.full(len(labels), -1)), kept),
+        affinity=affinity,
+        n_lobes=n_lobes,
+        units=co.units,
+        ami_frequency=by_frequency(labels, part.counts),
+        dropped=dropped,
+        source={**co.source, **vars(settings)},
+        **scores,
+    )
+
+
+def _unknown() -> dict[str, Any]:
+    columns = ["null", "n", "found", "mean", "sd", "z", "p"]
+    return {"ami": float("nan"), "accuracy": float("nan"), "nulls": pd.DataFrame(columns=columns)}
+
+
+def _scores(
+    co: Cooccurrence,
+    labels: Int[np.ndarray, " unit"],
+    directions: Float[np.ndarray, "unit d_model"],
+    n_lobes: int,
+    settings: Settings,
+) -> dict[str, Any]:
+    lying = geometric_labels(directions, [n_lobes], settings)[n_lobes]
+    random = [draw[n_lobes] for draw in random_labels(directions.shape, [n_lobes], settings)]
+    ami, nulls = compared(labels, lying, co.counts, random, settings)
+    accuracy, of_probe = probed(directions, labels, settings)
+    together = [table for table in (nulls, of_probe) if len(table)]
+    nulls = pd.concat(together, ignore_index=True) if together else nulls
+    return {"lying": lying, "ami": ami, "accuracy": accuracy, "nulls": nulls}

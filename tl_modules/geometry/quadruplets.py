@@ -1,0 +1,249 @@
+"""Parallelograms and trapezoids among features, searched without any labels, with what noise gives.
+
+Source: the question, Li et al. 2024 ("The Geometry of Concepts", arXiv 2410.19750), who report mostly noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+from tqdm.auto import tqdm
+
+from tl_modules._checks import check_choice, check_integer, refuse
+from tl_modules.geometry._clouds import as_points, gaussian_like
+
+SHAPES = ("trapezoid", "parallelogram")
+_ROWS = 1024
+"""Differences that are compared with all others at a time."""
+_TRIED = 16
+"""Nearest differences of each whose sides are looked at."""
+
+Directions = Float[np.ndarray, "unit dimension"]
+Pairs = Int[np.ndarray, "pair two"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Quadruplets:
+    """The best partner of each sampled difference, and how many as good there are by chance.
+
+    Made by `find_quadruplets`.
+    """
+
+    table: pd.DataFrame
+    """One row a quadruplet a : b :: c : d, the best first: a, b, c, d (names of units), cosine and error of
+    the two differences, side (the shorter of the distances a - c and b - d over the mean length of the
+    differences), expected (how many at least as good a Gaussian cloud has on average) and q (the share of
+    false ones, expected over found, among those as good or better)."""
+    settings: Mapping[str, Any]
+    """How it was made; JSON-able. n_sampled differences, of n units."""
+
+    def found(self, q: float = 0.05, least_cosine: float = 0.8) -> pd.DataFrame:
+        """The quadruplets that deserve the name and are not to be expected in a Gaussian cloud; often none.
+
+        Args:
+            q: the largest share of those that a Gaussian cloud has too.
+            least_cosine: of the two differences. Features cluster, so that many differences are somewhat
+                closer to parallel than in a Gaussian cloud without being parallel.
+        """
+        return self.table[(self.table["q"] <= q) & (self.table["cosine"] >= least_cosine)]
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in a sentence."""
+        shape, n_sampled = self.settings["shape"], self.settings["n_sampled"]
+        if not len(self.table):
+            return f"No {shape}s: none of {n_sampled} differences has a partner."
+        n = len(self.found())
+        best, closer = self.table["cosine"].iloc[0], len(self.found(least_cosine=-1.0))
+        told = f"{n or 'No'} {shape}s (cosine >= 0.8, q <= 0.05) among {n_sampled} differences"
+        return f"{told}: best cosine {best:.2f}; {closer} closer than a Gaussian cloud explains."
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __repr__(self) -> str:
+        return f"Quadruplets({self.verdict})"
+
+    def _repr_html_(self) -> str:
+        table = self.table.head(20).to_html(index=False, float_format=lambda value: f"{value:.3g}")
+        return f"<p><strong>{self.verdict}</strong></p>{table}"
+
+
+def find_quadruplets(
+    directions: Any,
+    *,
+    shape: str = "trapezoid",
+    sample: str = "neighbors",
+    n_pairs: int = 4000,
+    n_neighbors: int = 10,
+    least_side: float | int = 1.0,
+    n_clouds: int = 10,
+    unit_norm: bool = True,
+    names: Any = None,
+    random_state: int = 0,
+    progress: bool = True,
+) -> Quadruplets:
+    """Search differences of directions for pairs of them that are parallel, or equal.
+
+    Pairs of units are sampled; for each difference the nearest other one, of either sign, is found, without
+    any unit in common and with sides that are not short (two nearly equal units make a flat parallelogram
+    with anything). The same is done with Gaussian clouds of as many points and the same mean and covariance,
+    and the quadruplets are ranked by how many as good there are. Of a million pairs a small sample meets no
+    relation twice, unless its pairs lie close: so by default they are drawn among near neighbours.
+
+    Args:
+        directions: [unit, d_model], such as `basis.write_directions(model)`.
+        shape: "trapezoid", judged by the cosine of differences, or "parallelogram", by
+            `parallelogram_error`.
+        sample: "neighbors", pairs of a unit and one of its nearest others by cosine, or "random" pairs.
+        n_pairs: how many at most.
+        n_neighbors: nearest others of each unit, for "neighbors".
+        least_side: least distance of a and c, and of b and d, over the mean length of the differences. From 1
+            on, pairs are closer than what they are compared with, as words of a relation are, and each
+            quadruplet is read one way only. The less, the more near doubles count.
+        n_clouds: Gaussian clouds.
+        unit_norm: divide each direction by its length first, the clouds' too.
+        names: of the units, such as `basis.units(model)["label"]`; None for their numbers.
+        random_state: the same number gives the same answer.
+        progress: show a bar.
+
+    Raises:
+        InputError: not a finite matrix of at least six directions, a direction of length 0, no more
+            directions than dimensions, or an option out of range.
+
+    Example:
+        >>> noise = np.random.default_rng(0).normal(size=(60, 8))
+        >>> find_quadruplets(noise, n_clouds=3, progress=False).verdict
+        'No trapezoids (cosine >= 0.8, q <= 0.05) among ... differences: best cosine ...'
+    """
+    cloud = as_points("directions", directions, least=6)
+    check_choice("shape", shape, SHAPES)
+    check_choice("sample", sample, ("neighbors", "random"))
+    check_integer("n_pairs", n_pairs, least=2)
+    check_integer("n_clouds", n_clouds, least=1)
+    check_integer("n_neighbors", n_neighbors, least=1, most=len(cloud) - 1)
+    if len(cloud) <= cloud.shape[1]:
+        want = f"more than {cloud.shape[1]}, the dimensions"
+        refuse("directions", got=f"{len(cloud)} directions", want=want, cure="Take principal coordinates.")
+    told = np.arange(len(cloud)).astype(str) if names is None else np.asarray(names, dtype=object).astype(str)
+    if told.shape != (len(cloud),):
+        refuse("names", got=f"the shape {told.shape}", want=f"{len(cloud)}, one a direction")
+    rng = np.random.default_rng(check_integer("random_state", random_state, least=0))
+    search = _Search(shape, sample, n_pairs, n_neighbors, least_side)
+    scaled = _unit if unit_norm else np.asarray
+    cloud = scaled(cloud)
+    own, n_sampled = search.best(cloud, rng)
+    clouds = tqdm(range(n_clouds), desc="clouds", disable=not progress)
+    null = [search.best(scaled(gaussian_like(cloud, rng)), rng)[0]["loss"].to_numpy() for _ in clouds]
+    settings = {"shape": shape, "sample": sample, "n_neighbors": n_neighbors, "least_side": least_side}
+    settings |= {"n_clouds": n_clouds, "unit_norm": unit_norm, "random_state": random_state}
+    settings |= {"n": len(cloud), "n_pairs": n_pairs, "n_sampled": n_sampled}
+    return Quadruplets(_ranked(own, np.sort(np.concatenate(null)), n_clouds, told), settings)
+
+
+def _unit(cloud: Directions) -> Directions:
+    length = np.linalg.norm(cloud, axis=1, keepdims=True)
+    if not length.all():
+        refuse("directions", got="a direction of length 0", want="none with unit_norm=True")
+    return np.asarray(cloud / length)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One way to sample differences and to compare them, for the directions and for noise."""
+
+    shape: str
+    sample: str
+    n_pairs: int
+    n_neighbors: int
+    least_side: float | int
+
+    def best(self, cloud: Directions, rng: np.random.Generator) -> tuple[pd.DataFrame, int]:
+        """Each sampled difference's best partner, each quadruplet once; and how many were sampled."""
+        pairs = self.sampled(cloud, rng)
+        starts = range(0, len(pairs), _ROWS)
+        parts = [self._partners(cloud, pairs, np.arange(len(pairs))[at : at + _ROWS]) for at in starts]
+        found = pd.concat(parts, ignore_index=True)
+        both = pd.DataFrame(np.sort(found[["own", "other"]].to_numpy(), axis=1))
+        return found[~both.duplicated().to_numpy() & np.isfinite(found["loss"])], len(pairs)
+
+    def sampled(self, cloud: Directions, rng: np.random.Generator) -> Pairs:
+        """Different pairs of units, the smaller number first."""
+        if self.sample == "random":
+            drawn = rng.integers(len(cloud), size=(2 * self.n_pairs, 2))
+            drawn = drawn[drawn[:, 0] != drawn[:, 1]]
+        else:
+            near = _nearest(cloud, self.n_neighbors)
+            drawn = np.stack([np.repeat(np.arange(len(cloud)), near.shape[1]), near.ravel()], axis=1)
+        different = np.unique(np.sort(drawn, axis=1), axis=0)
+        return np.asarray(different[np.sort(rng.permutation(len(different))[: self.n_pairs])])
+
+    def _partners(self, cloud: Directions, pairs: Pairs, rows: Int[np.ndarray, " row"]) -> pd.DataFrame:
+        """For the differences `rows` the best of all others, the right way round or the other."""
+        difference = cloud[pairs[:, 1]] - cloud[pairs[:, 0]]
+        length = np.linalg.norm(difference, axis=1)
+        product = difference[rows] @ difference.T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            cosine = np.abs(product) / (length[rows, None] * length)
+            squared = length[rows, None] ** 2 + length**2 - 2 * np.abs(product)
+            error = 2 * np.sqrt(np.maximum(squared, 0)) / (length[rows, None] + length)
+        loss = 1 - cosine if self.shape == "trapezoid" else error
+        loss[_shared(pairs, rows) | ~np.isfinite(loss)] = np.inf
+        near = np.argpartition(loss, min(_TRIED, len(pairs) - 1), axis=1)[:, :_TRIED]
+        other = pairs[near]
+        turned = np.take_along_axis(product, near, 1) < 0
+        other[turned] = other[turned][:, ::-1]
+        side = _sides(cloud, pairs[rows], other) / ((length[rows, None] + length[near]) / 2)
+        tried = np.where(side >= self.least_side, np.take_along_axis(loss, near, 1), np.inf)
+        place = (np.arange(len(rows)), tried.argmin(1))
+        at = (place[0], near[place])
+        values = {"loss": tried[place], "cosine": cosine[at], "error": error[at], "side": side[place]}
+        units = dict(zip("abcd", [*pairs[rows].T, *other[place].T], strict=True))
+        return pd.DataFrame({"own": rows, "other": near[place]} | units | values)
+
+
+def _nearest(cloud: Directions, n_neighbors: int) -> Int[np.ndarray, "unit neighbor"]:
+    """Of each unit the others with the highest cosine."""
+    length = np.linalg.norm(cloud, axis=1, keepdims=True)
+    unit = cloud / np.where(length > 0, length, 1)
+    near = []
+    for start in range(0, len(unit), _ROWS):
+        cosine = unit[start : start + _ROWS] @ unit.T
+        cosine[np.arange(len(cosine)), start + np.arange(len(cosine))] = -np.inf
+        near.append(np.argpartition(-cosine, n_neighbors - 1, axis=1)[:, :n_neighbors])
+    return np.concatenate(near)
+
+
+def _sides(
+    cloud: Directions, own: Pairs, other: Int[np.ndarray, "pair tried two"]
+) -> Float[np.ndarray, "pair tried"]:
+    """The shorter of the distances a - c and b - d."""
+    return np.minimum(
+        *(np.linalg.norm(cloud[own[:, None, end]] - cloud[other[:, :, end]], axis=2) for end in (0, 1))
+    )
+
+
+def _shared(pairs: Pairs, rows: Int[np.ndarray, " row"]) -> Bool[np.ndarray, "row pair"]:
+    """Whether two differences have a unit in common."""
+    a, b = pairs[rows].T[:, :, None]
+    c, d = pairs.T
+    return np.asarray((a == c) | (a == d) | (b == c) | (b == d))
+
+
+def _ranked(
+    own: pd.DataFrame, null: Float[np.ndarray, " chance"], n_clouds: int, names: np.ndarray
+) -> pd.DataFrame:
+    """Best first, with what is to be expected; one cloud more is counted, in which all are as good."""
+    table = own.sort_values("loss", kind="stable", ignore_index=True)
+    rank = np.arange(1, len(table) + 1)
+    expected = (1 + np.searchsorted(null, table["loss"], side="right")) / (1 + n_clouds)
+    q = np.minimum.accumulate((expected / rank)[::-1])[::-1]
+    for place in "abcd":
+        table[place] = names[table[place].to_numpy(np.int64)]
+    columns = ["a", "b", "c", "d", "cosine", "error", "side"]
+    return table[columns].assign(expected=expected, q=np.minimum(q, 1.0))
