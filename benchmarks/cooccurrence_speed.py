@@ -19,8 +19,8 @@ from lobes import replace_between
 from memory import peak_beyond, resident
 from scipy import sparse
 
-from tl_modules.geometry.affinity import neighbours
-from tl_modules.geometry.cooccurrence import Cooccurrence, count_blocks
+from tl_modules.geometry.affinities import neighbours
+from tl_modules.geometry.counting import Cooccurrence, count_blocks
 
 ASKED_SECONDS, ASKED_GIB = 60, 4
 N_TOPICS, TOPIC_SHARE = 20, 0.5

@@ -17,7 +17,7 @@ from instructions import model
 
 from tl_modules import NeuronBasis
 from tl_modules.demo_features import load_demo_features
-from tl_modules.geometry.galaxy import Galaxy, galaxy
+from tl_modules.geometry.galaxies import Galaxy, galaxy
 from tl_modules.geometry.quadruplets import SHAPES, find_quadruplets
 
 START, END = "<!-- galaxy -->\n", "<!-- end of galaxy -->"

@@ -24,11 +24,11 @@ from instructions import DATA, model
 from tl_modules.bases import NeuronBasis
 from tl_modules.demo_features import LAYERS, load_demo_features
 from tl_modules.find import find_modules
-from tl_modules.geometry.affinity import AFFINITIES
+from tl_modules.geometry.affinities import AFFINITIES
 from tl_modules.geometry.beside_modules import compactness, compare_with_modules
-from tl_modules.geometry.cooccurrence import Cooccurrence, Quantile, cooccurrence
-from tl_modules.geometry.lobe_table import LobeTable, lobe_table
-from tl_modules.geometry.lobes import lobes
+from tl_modules.geometry.clusters import lobes
+from tl_modules.geometry.counting import Cooccurrence, Quantile, cooccurrence
+from tl_modules.geometry.lobe_tables import LobeTable, lobe_table
 from tl_modules.sites import Basis
 from tl_modules.viz.geometry_lobes import lobe_lines, lobe_map, lobe_wins
 

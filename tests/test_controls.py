@@ -1,5 +1,7 @@
 """Massive units, matched random sets and the statistics of effects, each against a slow restatement."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -214,8 +216,19 @@ def test_own_most_is_an_intersection_union_test():
     samples = rng.normal([3.0, 0.0, 2.0], 0.5, (999, 1, 3))
     own = np.array([0])
     against = [(1 + (samples[:, 0, other] >= samples[:, 0, 0]).sum()) / 1000 for other in (1, 2)]
-    assert own_most_p(samples, own) == max(against) > min(against)
-    assert own_most_p(samples, np.array([1])) == 1.0
+    many = np.array([99, 99, 99])
+    assert own_most_p(samples, own, many) == max(against) > min(against)
+    assert own_most_p(samples, np.array([1]), many) == 1.0
+
+
+def test_few_prompts_show_little():
+    """Two prompts against two, or one against one: order alone would be so by chance often enough."""
+    effects, controls = np.array([[3.0, 3.0, 1.0, 1.0, 1.0]]), np.zeros((1, 4, 5))
+    rng = np.random.default_rng(0)
+    cells = cellwise(effects, controls, np.array([0, 0, 1, 1, 1]), 2, n_bootstrap=500, rng=rng)
+    orders = list(itertools.combinations([3.0, 3.01, 1.0, 1.01, 1.02], 2))
+    as_extreme = np.mean([sum(pair) >= 6.01 for pair in orders])
+    assert own_most_p(cells.excesses, np.array([0]), cells.n_prompts) == pytest.approx([as_extreme])
 
 
 def test_index():

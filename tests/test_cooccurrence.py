@@ -11,7 +11,7 @@ from tl_modules._checks import FileFormatError, InputError
 from tl_modules.bases import HeadBasis, NeuronBasis
 from tl_modules.geometry import _memory
 from tl_modules.geometry._pairs import Pairs
-from tl_modules.geometry.affinity import (
+from tl_modules.geometry.affinities import (
     AFFINITIES,
     affinity,
     affinity_from_counts,
@@ -20,7 +20,7 @@ from tl_modules.geometry.affinity import (
     neighbours,
     unit_directions,
 )
-from tl_modules.geometry.cooccurrence import Cooccurrence, Quantile, cooccurrence, count_blocks
+from tl_modules.geometry.counting import Cooccurrence, Quantile, cooccurrence, count_blocks
 
 BITS = np.zeros((10, 5), bool)
 BITS[[0, 1, 2, 3], 0] = BITS[[0, 1, 3, 6], 1] = BITS[[4, 5, 6, 8], 2] = BITS[:, 4] = True

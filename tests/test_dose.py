@@ -181,6 +181,18 @@ def test_refusals(model, changed, message):
         dose(model, ["L0N1", "L2N3"], TEXTS, **options)
 
 
+def test_categories_can_be_numbers(model):
+    how = {"order": "random", "method": "zero", "n_random": 0, "progress": False}
+    found = dose(model, ["L0N1", "L2N3"], TEXTS, [0, 1] * (len(TEXTS) // 2), **how)
+    effects = found.table[found.table["fraction"] == 1].set_index("category")["effect"]
+    for number in (0, 1):
+        if effects[str(number)] > 0:
+            assert found.core(1, number).effect == effects[str(number)]
+        else:
+            with pytest.raises(InputError, match=f"on {number}"):
+                found.core(1, number)
+
+
 def test_passages_need_their_own_reference(model):
     passages = Passages(model, TEXTS)
     with pytest.raises(InputError, match="reference: got None"):

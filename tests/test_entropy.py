@@ -331,6 +331,8 @@ class TestEffects:
         np.testing.assert_array_equal(passages.scores(model).loss, clean.loss)
 
     def test_refusals(self, model):
+        with pytest.raises(InputError, match="labels: got some that are missing"):
+            cross_table(model, {"x": "L0N1"}, TEXTS, [np.nan, *LABELS[1:]])
         with pytest.raises(InputError, match="sets: got none"):
             cross_table(model, {}, TEXTS, LABELS)
         with pytest.raises(InputError, match=r"sets\['x'\]: got no units"):

@@ -16,8 +16,8 @@ from tl_modules.geometry._spectrum import (
     participation_ratio,
     sampled_eigenvalues,
 )
-from tl_modules.geometry.clustering_entropy import clustering_entropy, knn_entropy
-from tl_modules.geometry.galaxy import galaxy
+from tl_modules.geometry.entropies import clustering_entropy, knn_entropy
+from tl_modules.geometry.galaxies import galaxy
 from tl_modules.geometry.quadruplets import find_quadruplets
 
 QUICK = {"first_rank": 2, "last_rank": 12, "n_clouds": 3, "n_samples": 2, "progress": False}
@@ -106,17 +106,20 @@ def test_gaussian_clouds_have_exactly_the_covariance():
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.47])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_gaussians_have_no_gap(exponent, seed):
-    found = clustering_entropy(noise(1200, 40, exponent, seed), random_state=seed)
-    assert abs(found.gap) < 2 * found.gap_se
-    assert found.p > 0.05
+def test_gaussians_have_no_gap(exponent):
+    found = [clustering_entropy(noise(600, 60, exponent, seed), random_state=seed) for seed in range(6)]
+    gap, se = (np.array([getattr(one, name) for one in found]) for name in ("gap", "gap_se"))
+    assert (np.abs(gap) < 2 * se).sum() >= 5
+    assert abs(gap.mean()) < 2 * np.sqrt((se**2).mean() / 6)
 
 
-def test_random_unit_vectors_have_no_gap():
-    cloud = noise(1200, 300)
+@pytest.mark.parametrize("d", [60, 300])
+def test_random_unit_vectors_have_no_clusters(d):
+    """They are spread a little more evenly than a Gaussian, all being of one length: below 0, if anything."""
+    cloud = noise(600, d)
     found = clustering_entropy(cloud / np.linalg.norm(cloud, axis=1, keepdims=True))
-    assert abs(found.gap) < 2 * found.gap_se
+    assert -0.3 < found.gap < 2 * found.gap_se
+    assert found.p > 0.05
 
 
 def test_p_is_calibrated_without_structure():
@@ -244,9 +247,7 @@ def test_planted_quadruplets_are_found(shape):
         sides = np.linalg.norm(cloud[a] - cloud[c]), np.linalg.norm(cloud[b] - cloud[d])
         assert row["side"] == pytest.approx(min(sides) / mean)
     assert len(found.found()) >= 10
-    assert found.verdict.startswith(
-        f"{len(found.found())} {shape}s (cosine >= 0.8, q <= 0.05) among 2000 diff"
-    )
+    assert found.verdict.startswith(f"{len(found.found())} {shape}s (cosine >= 0.8")
 
 
 @pytest.mark.parametrize("sample", ["neighbors", "random"])

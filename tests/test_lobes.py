@@ -14,11 +14,11 @@ from tl_modules.bases import NeuronBasis
 from tl_modules.geometry._agreement import MutualInformation, deciles_of, permuted_within
 from tl_modules.geometry._probe import random_directions
 from tl_modules.geometry._spectral import spectral_labels
-from tl_modules.geometry.affinity import affinity, geometric, neighbours
+from tl_modules.geometry.affinities import affinity, geometric, neighbours
 from tl_modules.geometry.beside_modules import compactness, compare_with_modules
-from tl_modules.geometry.cooccurrence import Cooccurrence
-from tl_modules.geometry.lobe_table import lobe_table
-from tl_modules.geometry.lobes import lobes
+from tl_modules.geometry.clusters import lobes
+from tl_modules.geometry.counting import Cooccurrence
+from tl_modules.geometry.lobe_tables import lobe_table
 from tl_modules.viz.geometry_lobes import lobe_lines, lobe_map, lobe_wins
 
 N_UNITS, N_BLOCKS, D_MODEL = 240, 4000, 32

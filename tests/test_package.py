@@ -51,13 +51,16 @@ ROOMS = [
     *("separability.importance", "separability.score", "separability.metrics", "separability.exam"),
     *("separability.prune", "separability.result", "separability.loop", "separability"),
     *("geometry._kernels", "geometry._memory", "geometry._blocks", "geometry._pairs"),
-    *("geometry.cooccurrence", "geometry.affinity", "geometry._spectral", "geometry._agreement"),
-    *("geometry._probe", "geometry._compared", "geometry.lobes", "geometry.lobe_table"),
-    *("geometry.beside_modules", "geometry"),
+    *("geometry.counting", "geometry.affinities", "geometry._spectral", "geometry._agreement"),
+    *("geometry._probe", "geometry._compared", "geometry.clusters", "geometry.lobe_tables"),
+    *("geometry.beside_modules",),
+    *("geometry._clouds", "geometry._spectrum", "geometry.entropies", "geometry.galaxies"),
+    *("geometry.quadruplets", "geometry.word_pairs", "geometry.pair_vectors", "geometry.distractors"),
+    *("geometry._length", "geometry._pair_scores", "geometry.crystals", "geometry"),
     *("viz.figure", "viz.panels", "viz.sweep", "viz.hierarchy", "viz.tradeoff"),
     *("viz.causes", "viz.doses", "viz.causal_section", "viz.html", "viz.report"),
     *("viz.circuit_layout", "viz.circuit_drawing", "viz.circuit_graph", "viz.circuit_plotly"),
-    *("viz.geometry_lobes",),
+    *("viz.geometry_lobes", "viz.geometry_crystals", "viz.geometry_galaxy"),
     *("viz.attention", "viz.circuit_panels", "viz"),
     *("demo", "demo_features", "prompt_files", "causal_report", "cli", "__main__"),
 ]
@@ -66,7 +69,12 @@ DRAWN_BY_METHODS |= {("circuits.pictures", "viz"), ("circuits.pictures", "viz.ci
 DRAWN_BY_METHODS |= {("circuits.view", "circuits.verify"), ("circuits.pictures", "viz.circuit_plotly")}
 DRAWN_BY_METHODS |= {("separability.result", "viz")}
 DRAWN_BY_METHODS |= {("causes.doses", "viz"), ("causes.judged", "viz")}
-DRAWN_BY_METHODS |= {("geometry.lobes", "viz.geometry_lobes"), ("geometry.lobe_table", "viz.geometry_lobes")}
+DRAWN_BY_METHODS |= {
+    ("geometry.clusters", "viz.geometry_lobes"),
+    ("geometry.lobe_tables", "viz.geometry_lobes"),
+}
+DRAWN_BY_METHODS |= {("geometry.crystals", "viz.geometry_crystals")}
+DRAWN_BY_METHODS |= {("geometry.galaxies", "viz.geometry_galaxy")}
 """`plot`, `report` and `verify` hand themselves to the room that does it."""
 
 

@@ -83,5 +83,7 @@ def test_refusals():
         Passages(model, [[5, 6], [5]])
     with pytest.raises(InputError, match="continuations: got 1 texts"):
         Passages(model, PROMPTS, continuations=[" a"])
+    with pytest.raises(InputError, match=r"continuations: got \d+ tokens with the prompt, expected at most"):
+        Passages(model, PROMPTS, continuations=[" cat" * 200] * len(PROMPTS))
     with pytest.raises(InputError, match="batch_tokens"):
         Passages(model, PROMPTS, batch_tokens=0)

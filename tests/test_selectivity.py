@@ -291,6 +291,8 @@ def test_refusals(planted):
         "controls": {"controls": "size"},
         "method": {"method": "median"},
         "topics: got 'two'": {"topics": {"two": "ash"}},
+        "topics: got None": {"topics": {None: "ash"}},
+        "reading: got 'batchtokens'.*batch_tokens": {"batchtokens": 3},
         "topics: got 'pond'": {"topics": {"one": "pond"}},
         "reference": {"method": "zero", "reference": ["a"]},
     }.items():
@@ -298,3 +300,24 @@ def test_refusals(planted):
             selectivity(model, sets, table, progress=False, **options)
     with pytest.raises(InputError, match="prompts: got Passages and chat"):
         selectivity(model, sets, Passages(model, table), chat=True)
+
+
+def test_modules_by_name_know_their_kind_and_topic(planted):
+    """A mapping to modules says as much as the modules themselves."""
+    model, table = planted.model, planted.prompts[:16]
+    modules = labelled(model, HeadBasis(), np.zeros(len(HeadBasis().units(model)), dtype=np.int64))
+    samples = modules.samples.assign(category=table["category"].iloc[0])
+    modules = replace(modules, samples=samples)
+    how = {"method": "zero", "n_controls": 1, "n_bootstrap": 5, "progress": False}
+    found = selectivity(model, {"mine": modules[0]}, table, **how)
+    assert found.settings["basis"] == "heads"
+    assert found.modules["topic_from"].tolist() == ["samples"]
+    assert found.modules["topic"].tolist() == [table["category"].iloc[0]]
+
+
+def test_a_single_prompt_shows_nothing(planted):
+    """Two prompts a category, one of which finds the topic: the other is no evidence, however it differs."""
+    table = planted.prompts.groupby("category").head(2)
+    sets = {"one": "L0N1", "two": ["L0N2", "L1N3"], "three": "L2N5"}
+    found = selectivity(planted.model, sets, table, method="zero", n_controls=2, progress=False)
+    assert (found.modules["p_selective"] >= 0.5).all() and not found.modules["selective"].any()

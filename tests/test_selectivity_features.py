@@ -11,7 +11,9 @@ from tiny_models import ALL_MODELS
 from tiny_saes import tiny_sae
 
 from tl_modules._checks import InputError
+from tl_modules.causes.across_groups import cross_table
 from tl_modules.causes.by_topic import selectivity
+from tl_modules.causes.doses import dose
 from tl_modules.causes.passages import Passages
 from tl_modules.features import FeatureBasis
 
@@ -52,6 +54,23 @@ def test_zeroed_features(name):
     assert spared.per_prompt[1, 0] != pytest.approx(result.per_prompt[1, 0], abs=1e-5)
     with pytest.raises(InputError, match="basis: got None for modules of kind feature"):
         selectivity(model, modules, PROMPTS, LABELS, **how)
+
+
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_the_start_token_is_that_of_the_features_everywhere(prepend_bos):
+    """Doses, cross tables and selectivity read the same prompts in the same way."""
+    model, sae = ALL_MODELS["bridge_gpt2"](), tiny_sae("standard", HOOK)
+    sae.cfg.metadata.prepend_bos = prepend_bos
+    basis = FeatureBasis(sae, any_model=True)
+    modules = labelled(model, basis, np.arange(sae.cfg.d_sae) % 3 - 1)
+    how = {"method": "zero", "basis": basis, "progress": False}
+    found = selectivity(model, modules, PROMPTS, LABELS, n_controls=1, n_bootstrap=5, **how)
+    curve = dose(model, modules[0], PROMPTS, LABELS, order="random", n_random=0, **how)
+    np.testing.assert_allclose(curve.effects[-1], found.per_prompt[0], atol=1e-6)
+    table = cross_table(model, {"own": modules[0]}, PROMPTS, LABELS, **how)
+    n_targets = Passages(model, PROMPTS, prepend_bos=prepend_bos).n_targets.reshape(2, 2)
+    wanted = (found.per_prompt[0].reshape(2, 2) * n_targets).sum(1) / n_targets.sum(1)
+    np.testing.assert_allclose(table["change"], wanted, atol=1e-6)
 
 
 def loss(model, ids, hooks):

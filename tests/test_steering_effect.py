@@ -169,3 +169,13 @@ def test_refusals(model, changed, message):
         steering_effect(model, module, PROMPTS, **options)
     with pytest.raises(InputError, match="module: got a str"):
         steering_effect(model, "L0N1", PROMPTS)
+
+
+def test_topics_can_be_numbers_and_unknown(model):
+    module = labelled(model, NeuronBasis(), np.arange(72) % 3)[1]
+    known = pd.DataFrame({"text": [*KNOWN["text"], "a bird"], "category": [0, 0, 1, 1, None]})
+    how = {"n_tokens": 2, "scales": [0], "progress": False}
+    found = steering_effect(model, module, PROMPTS, known=known, topic="1.0", **how)
+    named = steering_effect(model, module, PROMPTS, known=KNOWN, topic="sums", **how)
+    assert found.topic == "1.0" and set(found.texts["topic"]) <= {"0.0", "1.0"}
+    pd.testing.assert_frame_equal(found.table, named.table)

@@ -23,8 +23,8 @@ def group_numbers(
         groups: the names in the order wanted; None for all that occur, sorted.
 
     Raises:
-        InputError: no labels or another number of them, a label that is none of `groups`, a group without
-            prompts, or the same group twice.
+        InputError: no labels or another number of them, a missing label, a label that is none of `groups`, a
+            group without prompts, or the same group twice.
 
     Example:
         >>> group_numbers(["fr", "en", "fr"], pd.DataFrame({"text": list("abc")}))
@@ -34,6 +34,9 @@ def group_numbers(
         if "category" not in samples:
             refuse("labels", got="None, and prompts without categories", want="a label for each prompt")
         labels = samples["category"]
+    labels = list(labels)
+    if pd.isna(pd.Series(labels, dtype=object)).any():
+        refuse("labels", got="some that are missing", want="a label for each prompt")
     named = [str(label) for label in labels]
     if len(named) != len(samples):
         refuse("labels", got=f"{len(named)} of them", want=f"{len(samples)}, one for each prompt")

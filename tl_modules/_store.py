@@ -62,8 +62,15 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> None:
     """Write one JSON object, aside first."""
     with aside(path) as temporary:
         temporary.write_text(
-            json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False), encoding="utf-8"
+            json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False, default=_plain), encoding="utf-8"
         )
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, which users give as settings, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def seal(folder: Path, kind: str, version: int, facts: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from tl_modules._group_labels import group_numbers
 from tl_modules.ablator import Ablator
 from tl_modules.causes.passages import Passages, TokenScores
 from tl_modules.sites import Basis
+from tl_modules.unit_values import start_token
 
 
 def cross_table(
@@ -66,12 +67,14 @@ def cross_table(
         ...
         tl_modules._checks.InputError: model: got a str, expected a HookedTransformer or...
     """
-    if not sets:
-        refuse("sets", got="none", want="at least one")
+    if not isinstance(sets, Mapping) or not sets:
+        got = "none" if isinstance(sets, Mapping) else f"a {type(sets).__name__}"
+        refuse("sets", got=got, want="a mapping from names to units, at least one")
     how: dict[str, Any] = {"method": method, "reference": reference, "chat": chat}
     ablator = Ablator(model, basis, random_state=random_state, progress=progress, **how)
     masks = {str(name): ablator.mask(units, argument=f"sets[{name!r}]") for name, units in sets.items()}
-    passages = as_passages(model, prompts, chat=chat, max_length=max_length)
+    start = start_token(basis)
+    passages = as_passages(model, prompts, chat=chat, max_length=max_length, prepend_bos=start)
     names, group = group_numbers(labels, passages.samples, groups)
     n_targets = np.bincount(group, passages.n_targets, len(names)).astype(np.int64)
     clean = _by_group(passages.scores(model), group, n_targets)
@@ -85,14 +88,21 @@ def cross_table(
     return pd.concat(tables, ignore_index=True)
 
 
-def as_passages(model: Any, prompts: Any, *, chat: bool | str | None, max_length: int | None) -> Passages:
+def as_passages(
+    model: Any,
+    prompts: Any,
+    *,
+    chat: bool | str | None,
+    max_length: int | None,
+    prepend_bos: bool | None = None,
+) -> Passages:
     """Prompts as `Passages`, which may be these already.
 
     Raises:
         InputError: `Passages` together with options of how to read prompts.
     """
     if not isinstance(prompts, Passages):
-        return Passages(model, prompts, chat=chat, max_length=max_length)
+        return Passages(model, prompts, chat=chat, max_length=max_length, prepend_bos=prepend_bos)
     for name, value in {"chat": chat, "max_length": max_length}.items():
         if value is not None:
             refuse(name, got=repr(value), want="None with Passages, which are tokens already")

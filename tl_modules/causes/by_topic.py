@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from tl_modules._checks import check_integer, nearest, refuse
+from tl_modules._checks import check_choice, check_integer, nearest, refuse
 from tl_modules._chosen import mask_of
 from tl_modules.ablator import Ablator, UnitMask
 from tl_modules.bases import HeadBasis, NeuronBasis, as_basis
@@ -23,6 +23,8 @@ from tl_modules.module import Module
 from tl_modules.modules import Modules
 from tl_modules.sites import Basis, Site
 from tl_modules.unit_values import start_token
+
+_READING = ("continuations", "chat", "max_length", "batch_tokens", "prepend_bos")
 
 
 def selectivity(
@@ -94,6 +96,8 @@ def selectivity(
     kinds = check_controls(controls)
     n_bootstrap = check_integer("n_bootstrap", reading.pop("n_bootstrap", N_BOOTSTRAP), least=1)
     positions = reading.pop("positions", None)
+    for name in reading:
+        check_choice("reading", name, _READING)
     basis = _basis_of(modules, basis)
     passages = _passages(model, prompts, start_token(basis), reading)
     judge = _judge(passages, labels, n_bootstrap, random_state)
@@ -164,13 +168,21 @@ def _judge(passages: Passages, labels: Sequence[str] | None, n_bootstrap: int, r
 def _basis_of(modules: Any, basis: str | Basis | None) -> Basis:
     if basis is not None:
         return as_basis(basis)
-    kinds = set(modules.units["kind"]) if isinstance(modules, Modules) else {"neuron"}
+    kinds = _kinds_in(modules) or {"neuron"}
     known: dict[str, Basis] = {"head": HeadBasis(), "neuron": NeuronBasis()}
     if kinds - set(known):
         cure = "Give the basis that they were collected with."
         refuse("basis", got=f"None for modules of kind {min(kinds)}", want="their basis", cure=cure)
     chosen = [own for kind, own in known.items() if kind in kinds]
     return chosen[0] if len(chosen) == 1 else chosen[0] + chosen[1]
+
+
+def _kinds_in(modules: Any) -> set[str]:
+    """The kinds of units of decompositions; none known of units named otherwise."""
+    if isinstance(modules, Modules):
+        return set(modules.units["kind"])
+    found = modules.values() if isinstance(modules, Mapping) else ()
+    return {kind for one in found if isinstance(one, Module) for kind in one.modules.units["kind"].unique()}
 
 
 def _named_sets(modules: Any) -> dict[str, Any]:
@@ -195,17 +207,33 @@ def _own_topics(
     modules: Any, names: list[str], categories: list[str], topics: Mapping[Any, str] | None
 ) -> tuple[Int[np.ndarray, " module"], list[str]]:
     """Each set's own category, -1 where unknown, and where it is known from."""
-    found = _enriched(modules, categories) if isinstance(modules, Modules) else np.full(len(names), -1)
+    found = _from_samples(modules, categories)
     source = np.where(found >= 0, "samples", "half").astype(object)
+    if topics is not None and not isinstance(topics, Mapping):
+        refuse("topics", got=f"a {type(topics).__name__}", want="a mapping from modules to categories")
     for key, topic in (topics or {}).items():
         position = names.index(str(key)) if str(key) in names else key
-        if isinstance(position, str) or not 0 <= position < len(names):
+        if not isinstance(position, int | np.integer) or not 0 <= position < len(names):
             near = nearest(str(key), names)
             refuse("topics", got=repr(key), want="names or numbers of the modules", cure=f"Near: {near}.")
         if str(topic) not in categories:
             refuse("topics", got=repr(topic), want=f"one of the categories {categories}")
         found[position], source[position] = categories.index(str(topic)), "given"
     return found, list(source)
+
+
+def _from_samples(modules: Any, categories: list[str]) -> Int[np.ndarray, " module"]:
+    """What the samples of modules say; -1 for sets of units that are no `Module`."""
+    if isinstance(modules, Modules):
+        return _enriched(modules, categories)
+    return np.array(
+        [
+            _enriched(one.modules, categories)[one.index]
+            if isinstance(one, Module) and isinstance(one.modules, Modules)
+            else -1
+            for one in modules.values()
+        ]
+    )
 
 
 def _enriched(modules: Modules, categories: list[str]) -> Int[np.ndarray, " module"]:

@@ -19,6 +19,7 @@ from tl_modules.causes.order import ordered_units
 from tl_modules.causes.passages import Passages
 from tl_modules.module import Module
 from tl_modules.sites import Basis
+from tl_modules.unit_values import start_token
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ALL = "all prompts"
@@ -61,7 +62,7 @@ class Dose:
     order: str
     method: str
 
-    def core(self, share: float | int = 0.8, category: str | None = None) -> Core:
+    def core(self, share: float | int = 0.8, category: Any = None) -> Core:
         """The smallest measured fraction whose effect reaches a share of the whole set's effect.
 
         The first fraction that reaches it counts, even if a larger one falls below again.
@@ -84,11 +85,12 @@ class Dose:
         if not 0 < share <= 1:
             refuse("share", got=repr(share), want="a share above 0 and at most 1")
         known = self.table["category"].unique()
-        rows = self.table[self.table["category"] == check_choice("category", category or ALL, known)]
+        chosen = ALL if category is None else check_choice("category", str(category), known)
+        rows = self.table[self.table["category"] == chosen]
         fraction, effect = (rows[name].to_numpy(dtype=np.float64) for name in ("fraction", "effect"))
         if effect[-1] <= 0:
             want = "a set whose ablation raises the loss"
-            refuse("category", got=f"a full effect of {effect[-1]:.3g} on {category or ALL}", want=want)
+            refuse("category", got=f"a full effect of {effect[-1]:.3g} on {chosen}", want=want)
         at = int((effect >= share * effect[-1]).argmax())
         rise = (share * effect[-1] - effect[at - 1]) / (effect[at] - effect[at - 1])
         between = fraction[at - 1] + rise * (fraction[at] - fraction[at - 1])
@@ -172,8 +174,9 @@ def dose(
         tl_modules._checks.InputError: model: got a str, expected a HookedTransformer or...
     """
     check_integer("n_random", n_random, least=0)
-    if not len(fractions) or not all(0 < one <= 1 for one in fractions):
-        refuse("fractions", got=list(fractions), want="shares above 0 and at most 1")
+    shares = np.asarray(fractions)
+    if shares.ndim != 1 or not shares.size or shares.dtype.kind not in "iuf" or not _are_shares(shares):
+        refuse("fractions", got=fractions, want="a list of shares above 0 and at most 1")
     if reference is None and method != "zero":
         if isinstance(prompts, Passages):
             refuse("reference", got="None", want="prompts, means or samples, since prompts are Passages")
@@ -181,7 +184,9 @@ def dose(
     how: dict[str, Any] = {"method": method, "reference": reference, "progress": progress}
     ablator = Ablator(model, basis, random_state=random_state, **how)
     own = np.flatnonzero(ablator.mask(units))
-    passages = prompts if isinstance(prompts, Passages) else Passages(model, prompts)
+    passages = (
+        prompts if isinstance(prompts, Passages) else Passages(model, prompts, prepend_bos=start_token(basis))
+    )
     category = _categories(labels, passages)
     first = ordered_units(ablator, units, own, order, prompts=prompts, random_state=random_state)
     sizes = sorted({max(round(one * len(own)), 1) for one in (*fractions, 1.0)})
@@ -204,6 +209,10 @@ def _categories(labels: Any, passages: Passages) -> tuple[tuple[str, ...], Int[n
     if labels is None and "category" not in passages.samples:
         return None
     return group_numbers(labels, passages.samples)
+
+
+def _are_shares(values: np.ndarray) -> bool:
+    return bool(((values > 0) & (values <= 1)).all())
 
 
 class _Runs:

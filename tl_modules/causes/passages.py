@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_modules._checks import InputError, check_integer, refuse
 from tl_modules.batches import Batch, Sequences, assemble, plan
-from tl_modules.host import logits_of, tokenizer_of
+from tl_modules.host import describe, logits_of, tokenizer_of
 from tl_modules.prompts import read_prompts
 from tl_modules.tokens import TokenizedPrompts, TokenSettings, tokenize
 
@@ -72,7 +72,8 @@ class Passages:
         prepend_bos: whether texts get the start token; None does as the model's own `to_tokens`.
 
     Raises:
-        InputError: as `collect` does; or a prompt without any target.
+        InputError: as `collect` does; a prompt without any target; or one that is too long with its
+            continuation.
     """
 
     def __init__(
@@ -159,8 +160,14 @@ def _continued(model: Any, tokenized: TokenizedPrompts, continuations: list[str]
     n_prompts = len(tokenized.tokens)
     if len(continuations) != n_prompts:
         refuse("continuations", got=f"{len(continuations)} texts", want=f"{n_prompts}, one a prompt")
+    if not all(isinstance(text, str) for text in continuations):
+        refuse("continuations", got="some that are no texts", want="a string for each prompt")
     ids = tokenizer_of(model)(continuations, add_special_tokens=False)["input_ids"]
     tokens = [np.append(own, after) for own, after in zip(tokenized.tokens, ids, strict=True)]
+    longest, n_ctx = max(map(len, tokens)), describe(model).n_ctx
+    if longest > n_ctx:
+        cure = "Cut prompts with max_length, or leave some out."
+        refuse("continuations", got=f"{longest} tokens with the prompt", want=f"at most {n_ctx}", cure=cure)
     counted = [
         np.append(np.zeros(len(own), dtype=bool), np.ones(len(after), dtype=bool))
         for own, after in zip(tokenized.tokens, ids, strict=True)

@@ -8,6 +8,7 @@ Phipson and Smyth 2010 (permutation p-values are never zero).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,7 @@ class Cellwise:
     effects: Resampled
     """The effect in each bootstrap sample of prompts."""
     excesses: Resampled
+    n_prompts: Int[np.ndarray, " category"]
 
 
 def cellwise(
@@ -81,7 +83,8 @@ def cellwise(
     resampled, excesses = (np.stack(part, axis=-1) for part in zip(*boots, strict=True))
     low, high = np.quantile(excesses, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     statistics = (robust_z(effect, by_control), rank_p(effect, by_control))
-    return Cellwise(effect, median, effect - median, low, high, *statistics, resampled, excesses)
+    sizes = np.bincount(categories, minlength=n_categories)
+    return Cellwise(effect, median, effect - median, low, high, *statistics, resampled, excesses, sizes)
 
 
 def category_means(
@@ -164,22 +167,41 @@ def selectivity_index(values: Cells, own: Int[np.ndarray, " module"]) -> Float[n
     return np.divide(mine - others, size, out=np.zeros(len(own)), where=size > 0)
 
 
-def own_most_p(samples: Resampled, own: Int[np.ndarray, " module"]) -> Float[np.ndarray, " module"]:
+def own_most_p(
+    samples: Resampled, own: Int[np.ndarray, " module"], n_prompts: Int[np.ndarray, " category"]
+) -> Float[np.ndarray, " module"]:
     """Evidence that the own topic's value exceeds every other's: an intersection-union test.
 
     The largest of the p-values against each other topic, each (1 + bootstrap samples where the own topic has
     no more) / (1 + samples). That is a valid test of "more than all" without further correction.
 
+    A bootstrap of a few prompts knows too little of their spread, of a single one nothing. So no p-value is
+    below 1 / C(n + m, n), the smallest that a permutation test of n and m prompts can have.
+
+    Args:
+        samples: a value for each module and category in each bootstrap sample.
+        own: each module's own category.
+        n_prompts: how many prompts each category has.
+
     Example:
         >>> samples = np.array([[[2.0, 1.0]], [[2.0, 1.5]], [[2.0, 3.0]]])
-        >>> own_most_p(samples, np.array([0]))
+        >>> own_most_p(samples, np.array([0]), np.array([9, 9]))
         array([0.5])
+        >>> own_most_p(np.tile([[5.0, 1.0]], (999, 1, 1)), np.array([0]), np.array([2, 2])).round(3)
+        array([0.167])
     """
     modules = np.arange(len(own))
     mine = samples[:, modules, own]
     p = (1 + (samples >= mine[..., None]).sum(0)) / (1 + len(samples))
+    p = np.maximum(p, _least_p(n_prompts)[own])
     p[modules, own] = 0
     return p.max(axis=1)
+
+
+def _least_p(n_prompts: Int[np.ndarray, " category"]) -> Float[np.ndarray, "category category"]:
+    """The smallest p-value of a permutation test between the prompts of two categories."""
+    sizes = n_prompts.tolist()
+    return np.array([[1 / math.comb(n + m, n) for m in sizes] for n in sizes])
 
 
 def false_discovery_q(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:

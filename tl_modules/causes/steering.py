@@ -29,6 +29,7 @@ from tl_modules.module import Module
 from tl_modules.prompts import read_prompts
 from tl_modules.sites import Basis
 from tl_modules.tokens import TokenSettings, tokenize
+from tl_modules.unit_values import start_token
 
 SAMPLE_MEAN = "sample mean"
 Scale = float | int | str
@@ -127,14 +128,17 @@ def steering_effect(
         refuse("module", got=f"a {type(module).__name__}", want="a Module, such as modules[0]")
     settings = _settings(scales)
     table = known_texts(known, module)
-    topic = own_topic(module) if topic is None else topic
+    topic = own_topic(module) if topic is None else str(topic)
     check_choice("topic", topic, table["category"].unique())
     tokenizer_of(model)
-    tokens = tokenize(model, read_prompts(prompts), TokenSettings(chat=chat)).tokens
-    check_room(model, tokens, n_tokens)
-    passages = Passages(model, prompts if held_out is None else held_out, chat=chat)
-    classifier = topic_classifier(table["text"].tolist(), table["category"].tolist())
     basis = as_basis(basis)
+    start = start_token(basis)
+    settings_of = TokenSettings(chat=chat, prepend_bos=start)
+    tokens = tokenize(model, read_prompts(prompts), settings_of).tokens
+    check_room(model, tokens, n_tokens)
+    scored = prompts if held_out is None else held_out
+    passages = Passages(model, scored, chat=chat, prepend_bos=start)
+    classifier = topic_classifier(table["text"].tolist(), table["category"].tolist())
     way = _Steered(model, module, basis, SAMPLE_MEAN in settings.values())
     clean = passages.scores(model).mean_loss()
     rows, texts = [], []
@@ -152,15 +156,16 @@ def steering_effect(
 
 def _settings(scales: Sequence[Scale]) -> dict[str, Scale]:
     """What to do by name; first nothing."""
-    if not len(scales):
-        refuse("scales", got="none", want="at least one")
+    if isinstance(scales, str) or not isinstance(scales, Sequence | np.ndarray) or not len(scales):
+        got = "none" if isinstance(scales, Sequence) and not scales else repr(scales)
+        refuse("scales", got=got, want="a list of at least one")
     settings: dict[str, Scale] = {"none": 1.0}
     for scale in scales:
         if isinstance(scale, str):
             check_choice("scales", scale, [SAMPLE_MEAN])
             settings[scale] = scale
-        elif not np.isfinite(scale):
-            refuse("scales", got=scale, want="finite numbers")
+        elif not isinstance(scale, int | float | np.number) or not np.isfinite(scale):
+            refuse("scales", got=repr(scale), want="finite numbers")
         elif scale != 1:
             settings[f"x {scale:g}"] = float(scale)
     return settings

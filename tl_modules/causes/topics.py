@@ -74,7 +74,7 @@ def own_topic(module: Module) -> str:
 
 
 def known_texts(known: Any, module: Module) -> pd.DataFrame:
-    """The classifier's texts: those given, or the decomposition's own samples.
+    """The classifier's texts: those given, or the decomposition's own samples; those of a known category.
 
     Raises:
         InputError: no table with the columns text and category.
@@ -87,7 +87,8 @@ def known_texts(known: Any, module: Module) -> pd.DataFrame:
             else f"a {type(known).__name__}"
         )
         refuse("known", got=got, want="a DataFrame with the columns text and category")
-    return table
+    known_ones = table[table["category"].notna()]
+    return known_ones.assign(category=known_ones["category"].astype(str))
 
 
 def predicted_modules(

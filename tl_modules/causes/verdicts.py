@@ -148,8 +148,8 @@ def _own_rows(
             "topic": own,
             "index": selectivity_index(cells.excess, own),
             **{name: array[modules, own] for name, array in values.items()},
-            "p_selective": own_most_p(cells.excesses, own),
-            "p_raw": own_most_p(cells.effects, own),
+            "p_selective": own_most_p(cells.excesses, own, cells.n_prompts),
+            "p_raw": own_most_p(cells.effects, own, cells.n_prompts),
         },
         index=index,
     )

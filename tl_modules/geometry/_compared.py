@@ -14,7 +14,7 @@ from tl_modules._checks import check_choice, check_integer, refuse
 from tl_modules.geometry._agreement import MutualInformation, against_null, deciles_of, permuted_within
 from tl_modules.geometry._probe import probe_accuracy, probe_nulls, random_directions
 from tl_modules.geometry._spectral import spectral_labels
-from tl_modules.geometry.affinity import (
+from tl_modules.geometry.affinities import (
     AFFINITIES,
     affinity,
     as_rows,
@@ -23,7 +23,7 @@ from tl_modules.geometry.affinity import (
     neighbours,
     unit_directions,
 )
-from tl_modules.geometry.cooccurrence import Cooccurrence
+from tl_modules.geometry.counting import Cooccurrence
 
 Labels = Int[np.ndarray, " unit"]
 ByNumber = dict[int, Labels]

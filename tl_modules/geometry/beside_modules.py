@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 
 from tl_modules._checks import check_choice, check_integer, refuse
 from tl_modules.geometry._agreement import MutualInformation, against_null, permuted_within
-from tl_modules.geometry.affinity import unit_directions
-from tl_modules.geometry.lobes import Lobes
+from tl_modules.geometry.affinities import unit_directions
+from tl_modules.geometry.clusters import Lobes
 
 Labels = Int[np.ndarray, " unit"]
 _WHOLE = "all"
@@ -40,8 +40,8 @@ def compare_with_modules(
         InputError: fewer than 2 units in both.
 
     Example:
-        >>> from tl_modules.geometry.cooccurrence import Cooccurrence
-        >>> from tl_modules.geometry.lobes import lobes
+        >>> from tl_modules.geometry.counting import Cooccurrence
+        >>> from tl_modules.geometry.clusters import lobes
         >>> rates = np.tile(np.repeat([[0.6, 0.1], [0.1, 0.6]], 100, axis=0), 4)
         >>> bits = np.random.default_rng(0).random((200, 8)) < rates
         >>> found = lobes(Cooccurrence.from_bits(bits, acts.units), 2)

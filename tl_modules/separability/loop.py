@@ -100,6 +100,9 @@ def separate(
     ready: dict[str, Any] = {"random_state": random_state, "chat": chat, "progress": progress}
     reference = None if method == "zero" else retain
     ablator = Ablator(model, basis, method=method, reference=reference, **ready)
+    if isinstance(pruning.fraction, Mapping):
+        for kind in pruning.fraction:
+            check_choice("fraction", kind, ablator.units["kind"].unique())
     sets = None if candidates is None else _candidates(candidates, ablator)
     n_scored = len(ablator.units) if sets is None else len(sets.names)
     n_steps = min(pruning.n_steps, n_scored)
@@ -245,8 +248,9 @@ def _checked_sets(both: Any) -> tuple[Any, Any]:
 def _candidates(given: Mapping[str, Any] | Modules, ablator: Ablator) -> Candidates:
     if isinstance(given, Modules):
         given = {f"{module.index}: {module.name}": module for module in given}
-    if not given:
-        refuse("candidates", got="none", want="at least one set of units")
+    if not isinstance(given, Mapping) or not given:
+        got = "none" if isinstance(given, Mapping) else f"a {type(given).__name__}"
+        refuse("candidates", got=got, want="Modules or a mapping from names to units, at least one")
     masks = [ablator.mask(units, argument=f"candidates[{name!r}]") for name, units in given.items()]
     return Candidates([str(name) for name in given], np.stack(masks))
 

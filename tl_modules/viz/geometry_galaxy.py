@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from tl_modules.geometry.galaxy import Galaxy
+from tl_modules.geometry.galaxies import Galaxy
 from tl_modules.viz.figure import Figure
 from tl_modules.viz.panels import GRID, PALETTE, TEXT, canvas
 
@@ -25,7 +25,7 @@ def galaxy_lines(galaxy: Galaxy) -> Figure:
 
     Example:
         >>> import numpy as np
-        >>> from tl_modules.geometry.galaxy import galaxy
+        >>> from tl_modules.geometry.galaxies import galaxy
         >>> noise = np.random.default_rng(0).normal(size=(90, 8))
         >>> found = galaxy(noise, np.arange(90) % 2, first_rank=2, last_rank=8, entropy=False, progress=False)
         >>> [title.text for title in galaxy_lines(found).layout.annotations]
@@ -44,7 +44,7 @@ def galaxy_lines(galaxy: Galaxy) -> Figure:
     figure.add_vrect(
         x0=settings["first_rank"], x1=settings["last_rank"], fillcolor=GRID, line_width=0, row=1, col=1
     )
-    figure.update_xaxes(title="rank", type="log", dtick=1, row=1, col=1)
+    figure.update_xaxes(title={"text": "rank", "standoff": 4}, type="log", dtick=1, row=1, col=1)
     figure.update_yaxes(type="log", exponentformat="power", dtick=1, row=1, col=1)
     figure.add_traces(_slopes(galaxy), rows=1, cols=2)
     if n_panels == 3:

@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from tl_modules._checks import refuse
-from tl_modules.geometry.affinity import as_rows, unit_directions
-from tl_modules.geometry.lobe_table import LobeTable
-from tl_modules.geometry.lobes import Lobes
+from tl_modules.geometry.affinities import as_rows, unit_directions
+from tl_modules.geometry.clusters import Lobes
+from tl_modules.geometry.lobe_tables import LobeTable
 from tl_modules.viz.figure import Figure
 from tl_modules.viz.panels import GRID, PALETTE, TEXT, canvas
 
@@ -30,8 +30,8 @@ def lobe_lines(found: LobeTable) -> Figure:
     A line for each affinity, and in grey the mean of random directions, clustered anew.
 
     Example:
-        >>> from tl_modules.geometry.cooccurrence import Cooccurrence
-        >>> from tl_modules.geometry.lobe_table import lobe_table
+        >>> from tl_modules.geometry.counting import Cooccurrence
+        >>> from tl_modules.geometry.lobe_tables import lobe_table
         >>> bits = np.random.default_rng(0).random((50, 12)) < 0.5
         >>> rows = np.random.default_rng(1).normal(size=(12, 4))
         >>> table = lobe_table(Cooccurrence.from_bits(bits), rows, [2, 3], ["phi"], progress=False)
@@ -81,8 +81,8 @@ def lobe_map(lobes: Lobes, places: Any) -> Figure:
         InputError: another number of rows than units.
 
     Example:
-        >>> from tl_modules.geometry.cooccurrence import Cooccurrence
-        >>> from tl_modules.geometry.lobes import lobes
+        >>> from tl_modules.geometry.counting import Cooccurrence
+        >>> from tl_modules.geometry.clusters import lobes
         >>> bits = np.random.default_rng(0).random((50, 12)) < 0.5
         >>> found = lobes(Cooccurrence.from_bits(bits), 2)
         >>> sum(len(group.x) for group in lobe_map(found, np.eye(12)).data)

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from tl_modules._checks import check_choice, check_integer, refuse
 from tl_modules.geometry._memory import refuse_beyond_memory
-from tl_modules.geometry.cooccurrence import Cooccurrence
+from tl_modules.geometry.counting import Cooccurrence
 
 Both = Int[np.ndarray, "row unit"]
 Own = Int[np.ndarray, "_ _"]

@@ -27,7 +27,7 @@ from tl_modules.geometry._spectrum import (
     participation_ratio,
     sampled_eigenvalues,
 )
-from tl_modules.geometry.clustering_entropy import clustering_entropy
+from tl_modules.geometry.entropies import clustering_entropy
 
 __all__ = ["Galaxy", "fit_power_law", "galaxy", "marchenko_pastur"]
 

@@ -24,8 +24,8 @@ from tl_modules.geometry._compared import (
     spread,
     taking_part,
 )
-from tl_modules.geometry.affinity import AFFINITIES, as_rows
-from tl_modules.geometry.cooccurrence import Cooccurrence
+from tl_modules.geometry.affinities import AFFINITIES, as_rows
+from tl_modules.geometry.counting import Cooccurrence
 
 _SHORT = {"permuted": "", "within firing deciles": "_deciles", "random directions": "_random"}
 """What the columns of each null end in."""

@@ -28,8 +28,8 @@ from tl_modules.geometry._compared import (
     spread,
     taking_part,
 )
-from tl_modules.geometry.affinity import as_rows
-from tl_modules.geometry.cooccurrence import Cooccurrence
+from tl_modules.geometry.affinities import as_rows
+from tl_modules.geometry.counting import Cooccurrence
 
 
 @dataclass(frozen=True, eq=False, repr=False)
