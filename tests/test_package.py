@@ -44,7 +44,7 @@ ROOMS = [
     *("circuits.verify", "circuits.build"),
     *("circuits.profile", "circuits"),
     *("causes.passages", "causes.massive", "causes.controls", "causes.statistics", "causes.judged"),
-    *("causes.verdicts", "causes.trial", "causes.by_topic"),
+    *("causes.enrichment", "causes.verdicts", "causes.trial", "causes.by_topic"),
     *("causes.across_groups", "causes.order", "causes.doses"),
     *("causes.generation", "causes.topics", "causes.steering", "causes"),
     *("entropy",),

@@ -326,7 +326,10 @@ def test_refusals(planted):
         ({"importance": "abss"}, "importance"),
         ({"fraction": 0}, "fraction: got 0"),
         ({"fraction": {"neuron": 1.5}}, "fraction"),
-        ({"fraction": {"neurons": 0.1}}, "fraction: got 'neurons'.*Did you mean 'neuron'"),
+        (
+            {"fraction": {"neurons": 0.1}},
+            r"fraction: got shares of .'neurons'., expected of some of .'neuron'.",
+        ),
         ({"n_steps": 0}, "n_steps"),
         ({"random": "even"}, "random"),
         ({"evaluate_on": planted.retain}, "evaluate_on"),

@@ -90,6 +90,8 @@ class Ablator:
             InputError: a mask of another length.
         """
         n_units = sum(site.n_units for site in self.sites)
+        if mask.dtype != bool:
+            raise InputError(f"mask: got {mask.dtype} entries, expected bool, as `Ablator.mask` gives them.")
         if len(mask) != n_units:
             raise InputError(f"mask: got {len(mask)} entries, expected {n_units}, one for each unit.")
         chosen = chosen_by_mask(self.sites, mask)

@@ -14,6 +14,7 @@ from tl_modules._chosen import mask_of
 from tl_modules.ablator import Ablator, UnitMask
 from tl_modules.bases import HeadBasis, NeuronBasis, as_basis
 from tl_modules.causes.controls import check_controls
+from tl_modules.causes.enrichment import own_category
 from tl_modules.causes.judged import Selectivity
 from tl_modules.causes.passages import Passages
 from tl_modules.causes.statistics import N_BOOTSTRAP
@@ -69,9 +70,9 @@ def selectivity(
         controls: "layers" (as many units at each site: layer, kind, SAE), "strength" (besides, as many in
             each tenth of the site by mean |value| on the prompts), "both", or a list.
         basis: "neurons", "heads" or a `Basis`; None for that of modules of neurons and heads, else neurons.
-        topics: each module's own category, by its name or number; of the others it is the category most
-            enriched among the module's samples, or if these have none, the one hurt most on a random half of
-            the prompts, tests being on the other half.
+        topics: each module's own category, by its name or number; of the others it is the category that
+            the module's samples have most above its share of all samples, or if these have none, the one
+            hurt most on a random half of the prompts, tests being on the other half.
         random_state: draws controls, bootstrap samples and the half.
         progress: show a progress bar over the ablations.
         **reading: how prompts are read: continuations, chat, max_length, batch_tokens, prepend_bos as for
@@ -224,25 +225,6 @@ def _own_topics(
 
 def _from_samples(modules: Any, categories: list[str]) -> Int[np.ndarray, " module"]:
     """What the samples of modules say; -1 for sets of units that are no `Module`."""
-    if isinstance(modules, Modules):
-        return _enriched(modules, categories)
-    return np.array(
-        [
-            _enriched(one.modules, categories)[one.index]
-            if isinstance(one, Module) and isinstance(one.modules, Modules)
-            else -1
-            for one in modules.values()
-        ]
-    )
-
-
-def _enriched(modules: Modules, categories: list[str]) -> Int[np.ndarray, " module"]:
-    """The category most enriched among each module's samples over all samples; -1 for none that is known."""
-    mix = modules.category_mix()
-    if mix is None or not set(map(str, mix.columns)) & set(categories):
-        return np.full(len(modules), -1)
-    counts = mix.set_axis(mix.columns.astype(str), axis=1).reindex(columns=categories, fill_value=0)
-    base = counts.sum() / mix.to_numpy().sum()
-    share = counts.div(mix.sum(axis=1), axis=0)
-    ratio = share.div(base.where(base > 0), axis=1).fillna(0).to_numpy()
-    return np.where(ratio.max(axis=1) > 0, ratio.argmax(axis=1), -1)
+    sets = list(modules) if isinstance(modules, Modules) else modules.values()
+    own = [own_category(one, categories) if isinstance(one, Module) else None for one in sets]
+    return np.array([-1 if category is None else categories.index(category) for category in own])

@@ -53,7 +53,8 @@ class Selectivity:
     half of the prompts, all else of its row being from the other half, and p_rank is among controls that
     chose their topics likewise), index (selectivity index of the
     excess), the own topic's effect, control_median, excess, low, high, z and p_rank; p_selective and
-    q_selective (that its excess is above that of every other category; q over the modules), p_raw and q_raw
+    q_selective (that its excess is above that of every other category, never below 1 / C(n + m, n) with n and
+    m prompts; q over the modules), p_raw and q_raw
     (the same of the effect itself), selective (q_selective at most 0.05), causal (that, and p_rank at most
     0.05), n_units, overlap (share of the controls' units that are the module's own), massive (how many of
     its units are), effect_with_massive and excess_with_massive (against the same controls with the same

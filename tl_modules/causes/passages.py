@@ -153,7 +153,8 @@ def _scored(
     own = logits[where - 1].float()
     chosen = own.gather(1, tokens.to(logits.device)[where, None])
     loss = own.logsumexp(-1) - chosen[:, 0]
-    return loss.double().cpu().numpy(), (own > chosen).sum(-1).cpu().numpy()
+    # Not `own > chosen`: where logits are nan, nothing is foretold.
+    return loss.double().cpu().numpy(), (~(own <= chosen)).sum(-1).cpu().numpy()
 
 
 def _continued(model: Any, tokenized: TokenizedPrompts, continuations: list[str]) -> TokenizedPrompts:

@@ -10,6 +10,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from tl_modules._checks import refuse
+from tl_modules.causes.enrichment import own_category
 from tl_modules.collection import collect
 from tl_modules.module import Module
 from tl_modules.modules import Modules
@@ -65,12 +66,10 @@ def own_topic(module: Module) -> str:
     Raises:
         InputError: samples without categories.
     """
-    samples = module.modules.samples
-    if "category" not in samples:
+    category = own_category(module)
+    if category is None:
         refuse("topic", got="None for a module of samples without categories", want="its topic")
-    base = samples["category"].value_counts(normalize=True)
-    own = module.samples["category"].value_counts(normalize=True).reindex(base.index, fill_value=0)
-    return str((own - base).idxmax())
+    return category
 
 
 def known_texts(known: Any, module: Module) -> pd.DataFrame:

@@ -101,8 +101,9 @@ def separate(
     reference = None if method == "zero" else retain
     ablator = Ablator(model, basis, method=method, reference=reference, **ready)
     if isinstance(pruning.fraction, Mapping):
-        for kind in pruning.fraction:
-            check_choice("fraction", kind, ablator.units["kind"].unique())
+        kinds = sorted(ablator.units["kind"].unique())
+        if not set(kinds) & set(pruning.fraction):
+            refuse("fraction", got=f"shares of {sorted(pruning.fraction)}", want=f"of some of {kinds}")
     sets = None if candidates is None else _candidates(candidates, ablator)
     n_scored = len(ablator.units) if sets is None else len(sets.names)
     n_steps = min(pruning.n_steps, n_scored)
@@ -133,7 +134,7 @@ def both_directions(model: Any, first: Any, second: Any, **options: Any) -> tupl
         model: as for `separate`.
         first: prompts.
         second: other prompts.
-        **options: options of `separate`; `evaluate_on` is (first, second).
+        **options: options of `separate`, but no order that is given; `evaluate_on` is (first, second).
 
     Returns:
         The run that forgets `second`, then the one that forgets `first`.
@@ -147,6 +148,8 @@ def both_directions(model: Any, first: Any, second: Any, **options: Any) -> tupl
         ...
         tl_modules._checks.InputError: importance: got 'absolute', expected one of 'freq', 'abs', 'rms'...
     """
+    if options.get("given") is not None:
+        refuse("given", got="an order", want="None: the same units would go both ways")
     asked = options.pop("evaluate_on", None)
     turned = None if asked is None else tuple(reversed(asked))
     forth = separate(model, first, second, evaluate_on=asked, **options)
