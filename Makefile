@@ -19,7 +19,7 @@ test: $(VENV)/dev.done ## Run the whole suite: lint, types, tests, doctests, not
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
-		tests/test_tutorials.py tests tl_modules
+		tests tl_modules
 
 test-tl4: $(TL4)/done ## Run the neuron tests on transformer-lens 4, without sae-lens.
 	OMP_NUM_THREADS=1 $(TL4)/bin/python -m pytest --numprocesses auto --dist loadfile $(TL4_TESTS)

@@ -20,6 +20,11 @@ def _ready(request: pytest.FixtureRequest) -> None:
             namespace.update(view=tiny_view(), causes=tiny_causes(), dosed=curve_of())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks, which take longest, begin first: other tests go on beside them."""
+    items.sort(key=lambda item: "test_tutorials" not in item.nodeid)
+
+
 @cache
 def _examples() -> dict[str, Any]:
     """Two topics, each with half of the units, and the two modules found there with a null of 3."""

@@ -76,7 +76,7 @@ def test_refusals():
     ablator = Ablator(model)
     with pytest.raises(InputError, match="mask: got 3 entries"), ablator.without(np.ones(3, dtype=bool)):
         pass
-    with pytest.raises(Exception, match="bool"), ablator.without(np.arange(len(ablator.units))):
+    with pytest.raises(Exception, match="mask"), ablator.without(np.arange(len(ablator.units))):
         pass
     with pytest.raises(InputError, match="units"):
         ablator.mask("L9N1")

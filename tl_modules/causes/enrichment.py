@@ -22,7 +22,7 @@ def own_category(module: Module, among: Collection[str] | None = None) -> str | 
 
     Example:
         >>> own_category(modules[0]), own_category(modules[0], among=["prose"])
-        ('poem', None)
+        ('writing', None)
     """
     samples = module.modules.samples
     if "category" not in samples:
