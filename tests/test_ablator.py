@@ -9,6 +9,8 @@ from tl_modules._checks import InputError
 from tl_modules.ablator import Ablator
 from tl_modules.interventions import ablate, reference_means, reference_samples
 
+FIRST, *_, LAST = ALL_MODELS
+"""Whichever transformer-lens has: HookedTransformers, or only bridges."""
 PROMPTS = ["the cat sat on the mat", "a dog ran", "one two three four five"]
 
 
@@ -39,7 +41,7 @@ def test_same_as_ablate(name, method):
 
 
 def test_mask_of_units_and_of_none():
-    model = ALL_MODELS["llama_like"]()
+    model = ALL_MODELS[LAST]()
     ablator = Ablator(model)
     mask = ablator.mask(["L0N1", "L2N3"])
     assert ablator.units["label"][mask].tolist() == ["L0N1", "L2N3"]
@@ -51,7 +53,7 @@ def test_mask_of_units_and_of_none():
 
 
 def test_ready_references_are_taken_as_they_are():
-    model = ALL_MODELS["gpt2_like"]()
+    model = ALL_MODELS[FIRST]()
     for method, make in (("mean", reference_means), ("resample", reference_samples)):
         ready = make(model, PROMPTS, basis="neurons", progress=False)
         by_hand = Ablator(model, method=method, reference=ready)
@@ -65,7 +67,7 @@ def test_ready_references_are_taken_as_they_are():
 
 
 def test_refusals():
-    model = ALL_MODELS["gpt2_like"]()
+    model = ALL_MODELS[FIRST]()
     with pytest.raises(InputError, match="reference"):
         Ablator(model, method="resample")
     with pytest.raises(InputError, match="reference"):

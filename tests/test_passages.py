@@ -8,6 +8,8 @@ from tiny_models import ALL_MODELS
 from tl_modules._checks import InputError
 from tl_modules.causes.passages import Passages
 
+FIRST, *_, LAST = ALL_MODELS
+"""Whichever transformer-lens has: HookedTransformers, or only bridges."""
 PROMPTS = ["the cat sat on the mat", "a dog ran", "one two three four five six", "a dog ran"]
 
 
@@ -43,7 +45,7 @@ def test_scores_of_token_ids(name):
     assert np.isnan(scores.accuracy(skip=skip)[1])
 
 
-@pytest.mark.parametrize("name", ["gpt2_like", "llama_like"])
+@pytest.mark.parametrize("name", [FIRST, LAST])
 def test_batches_and_cuts(name):
     model = ALL_MODELS[name]()
     one = Passages(model, PROMPTS, batch_tokens=2).scores(model)
@@ -56,7 +58,7 @@ def test_batches_and_cuts(name):
 
 
 def test_special_tokens_are_no_targets():
-    model = ALL_MODELS["gpt2_like"]()
+    model = ALL_MODELS[FIRST]()
     special = set(model.tokenizer.all_special_ids)
     passages = Passages(model, PROMPTS)
     assert not special & set(passages.token_ids().tolist())
@@ -64,7 +66,7 @@ def test_special_tokens_are_no_targets():
 
 
 def test_continuations_alone_are_scored():
-    model = ALL_MODELS["llama_like"]()
+    model = ALL_MODELS[LAST]()
     after = [" on the mat", " one", " two three", " cat"]
     passages = Passages(model, PROMPTS, continuations=after)
     ids = model.tokenizer(after, add_special_tokens=False)["input_ids"]
@@ -78,7 +80,7 @@ def test_continuations_alone_are_scored():
 
 
 def test_refusals():
-    model = ALL_MODELS["gpt2_like"]()
+    model = ALL_MODELS[FIRST]()
     with pytest.raises(InputError, match=r"prompts\[1\]: got no token"):
         Passages(model, [[5, 6], [5]])
     with pytest.raises(InputError, match="continuations: got 1 texts"):
