@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from documents import table_of
 from instructions import DATA, model
 from sklearn.metrics import adjusted_rand_score
 
@@ -108,8 +109,7 @@ def ari(modules: Modules, other) -> float:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row.values()) + " |" for row in rows])
+    return table_of(list(rows[0]), (row.values() for row in rows))
 
 
 def parse() -> argparse.Namespace:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from documents import replace_between
 from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -58,7 +59,9 @@ def main() -> None:
     table = pd.DataFrame(rows)
     print(report(table, len(facts)))
     if options.write:
-        write(options.write, report(table, len(facts)))
+        replace_between(
+            options.write, "table", report(table, len(facts)), title="Circuit scores against ablation"
+        )
 
 
 def parse() -> argparse.Namespace:
@@ -210,14 +213,6 @@ def report(table: pd.DataFrame, n_prompts: int) -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} | {seconds[name] / seconds['a forward pass']:.1f} |")
     return "\n".join(lines) + "\n"
-
-
-def write(path: Path, table: str) -> None:
-    """Replace what stands between the two marks."""
-    start, end = "<!-- table -->\n", "<!-- end of table -->"
-    text = path.read_text() if path.exists() else f"# Circuit scores against ablation\n\n{start}{end}\n"
-    head, rest = text.split(start)
-    path.write_text(head + start + table + end + rest.split(end)[1])
 
 
 if __name__ == "__main__":

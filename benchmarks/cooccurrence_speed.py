@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lobes import replace_between
+from documents import replace_between
 from memory import peak_beyond, resident
 from scipy import sparse
 
@@ -82,7 +82,7 @@ def main() -> None:
     )
     print(text)
     if options.write:
-        replace_between(options.write, "co-occurrence speed", text)
+        replace_between(options.write, "co-occurrence speed", text, title="Geometry")
 
 
 def parse() -> argparse.Namespace:

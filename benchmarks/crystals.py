@@ -13,13 +13,11 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
-from galaxy import table_of
+from documents import replace_between, table_of
 from instructions import model
 
 from tl_modules.geometry.crystals import MEASURES, Crystals, crystal_table
 from tl_modules.geometry.word_pairs import load_word_pairs
-
-START, END = "<!-- crystals -->\n", "<!-- end of crystals -->"
 
 
 def by_layer(found: Crystals) -> str:
@@ -75,24 +73,15 @@ def by_relation(found: Crystals, hook_name: str) -> str:
     return table_of(heads, [[name, *(f"{value:.2f}" for value in row)] for name, row in table.iterrows()])
 
 
-def write(path: Path, text: str) -> None:
-    """Replace what stands between the two marks; put them at the end of a file without them."""
-    old = path.read_text(encoding="utf-8") if path.exists() else "# Geometry\n"
-    if START not in old:
-        old += f"\n## Crystals\n\n{START}{END}\n"
-    head, rest = old.split(START)
-    path.write_text(f"{head}{START}{text}{END}{rest.split(END)[1]}", encoding="utf-8")
-
-
 def main() -> None:
     options = parse()
     names = ["blocks.0.hook_resid_pre"] + [f"blocks.{layer}.hook_resid_post" for layer in options.layers]
     found = crystal_table(model(), load_word_pairs(), names, before=options.before, n_draws=options.n_draws)
     parts = [by_layer(found), fits(found), by_relation(found, names[len(names) // 2])]
-    text = "\n".join(parts)
+    text = "\n\n".join(parts)
     print(text)
     if options.write:
-        write(options.write, text)
+        replace_between(options.write, "crystals", text, title="Geometry")
     if options.picture:
         figure = found.plot().update_layout(paper_bgcolor="white", plot_bgcolor="white")
         figure.write_image(options.picture, width=1000, scale=1.5)

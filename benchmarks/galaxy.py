@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from documents import replace_between, table_of
 from instructions import model
 
 from tl_modules import NeuronBasis
 from tl_modules.demo_features import load_demo_features
 from tl_modules.geometry.galaxies import Galaxy, galaxy
 from tl_modules.geometry.quadruplets import SHAPES, find_quadruplets
-
-START, END = "<!-- galaxy -->\n", "<!-- end of galaxy -->"
 
 
 def clouds(layers: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -78,20 +77,6 @@ def searched(directions: np.ndarray, of_unit: np.ndarray, n_clouds: int) -> str:
     return table_of(["cloud", "shape", "differences", "best cosine", "found", "closer than Gaussian"], rows)
 
 
-def table_of(heads: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Replace what stands between the two marks; put them at the end of a file without them."""
-    old = path.read_text(encoding="utf-8") if path.exists() else "# Geometry\n"
-    if START not in old:
-        old += f"\n## Galaxy\n\n{START}{END}\n"
-    head, rest = old.split(START)
-    path.write_text(f"{head}{START}{text}{END}{rest.split(END)[1]}", encoding="utf-8")
-
-
 def draw(path: Path, found: Galaxy) -> None:
     figure = found.plot().update_layout(paper_bgcolor="white", plot_bgcolor="white")
     figure.write_image(path, width=1200, scale=1.5)
@@ -105,9 +90,9 @@ def main() -> None:
     print(text, flush=True)
     if options.search:
         kept = np.isin(of_unit, [name for name in of_unit if not name.startswith("neurons")])
-        text += "\n" + searched(directions[kept], of_unit[kept], options.search)
+        text += "\n\n" + searched(directions[kept], of_unit[kept], options.search)
     if options.write:
-        write(options.write, text)
+        replace_between(options.write, "galaxy", text, title="Geometry")
     if options.picture:
         draw(options.picture, found)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from documents import replace_between, table_of
 from instructions import DATA, model
 
 from tl_modules.bases import NeuronBasis
@@ -165,24 +166,11 @@ def main() -> None:
     text = "\n\n".join([*counts, markdown(pd.DataFrame(lines)), markdown(pd.concat(tables))]) + "\n"
     print(text)
     if options.write:
-        replace_between(options.write, "lobes", text)
+        replace_between(options.write, "lobes", text, title="Geometry")
 
 
 def markdown(table: pd.DataFrame) -> str:
-    head = ["| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
-    return "\n".join(
-        head + ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
-    )
-
-
-def replace_between(path: Path, name: str, text: str) -> None:
-    """Put the text between the two markers of this name, which are added at the end if they are missing."""
-    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
-    old = path.read_text(encoding="utf-8") if path.exists() else "# Geometry\n"
-    if begin not in old:
-        old += f"\n## {name.capitalize()}\n\n{begin}{end}"
-    before, rest = old.split(begin)
-    path.write_text(before + begin + text + end + rest.split(end)[1], encoding="utf-8")
+    return table_of(list(table.columns), (map(str, row) for row in table.itertuples(index=False)))
 
 
 def parse() -> argparse.Namespace:

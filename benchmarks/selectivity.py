@@ -22,6 +22,7 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from documents import replace_between, table_of
 from instructions import DATA, activations, model
 
 from tl_modules import Modules, collect, find_modules
@@ -142,10 +143,7 @@ def massive(result: Selectivity) -> list[dict[str, str]]:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    if not rows:
-        return "None."
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row.values()) + " |" for row in rows])
+    return table_of(list(rows[0]), (row.values() for row in rows)) if rows else "None."
 
 
 def main() -> None:
@@ -172,21 +170,10 @@ def main() -> None:
         known = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
         given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in known.items())
         name = " ".join(options.bases)
-        write(
-            options.write,
-            name,
-            f"Made by `python benchmarks/selectivity.py --bases {name} {given}`.\n\n{text}\n",
+        made = f"Made by `python benchmarks/selectivity.py --bases {name} {given}`."
+        replace_between(
+            options.write, f"selectivity of {name}", f"{made}\n\n{text}", title="What modules cause"
         )
-
-
-def write(path: Path, name: str, text: str) -> None:
-    """Put the text between its markers, which are added at the end if they are missing."""
-    start, end = (f"<!-- selectivity of {name}: {where} -->\n" for where in ("begin", "end"))
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    if start not in old:
-        old += f"\n{start}{end}"
-    before, _, rest = old.partition(start)
-    path.write_text(before + start + text + end + rest.partition(end)[2], encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from documents import replace_between, table_of
 from instructions import DATA, model
 
 from tl_modules import Modules, collect, find_modules
@@ -28,7 +29,6 @@ from tl_modules.separability import Separability, separate
 from tl_modules.viz import tradeoff_lines
 
 WAYS = ("labels", "modules", "head dimensions")
-START, END = "<!-- table -->\n", "<!-- end of table -->"
 
 
 @dataclass(frozen=True)
@@ -186,19 +186,15 @@ def markdown(rows: list[dict[str, str]]) -> str:
     heads = ["forget", *(name for way in WAYS[:2] for name in (way, f"{way}, drop"))]
     heads += ["random", "random, drop", "head dimensions", "head dimensions, drop"]
     heads = [name for name in heads if name in rows[0]]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row[name] for name in heads) + " |" for row in rows]) + "\n"
+    return table_of(heads, ((row[name] for name in heads) for row in rows))
 
 
 def write(path: Path, table: str, sizes: Sizes) -> None:
-    """Replace what stands between the two marks."""
-    text = path.read_text() if path.exists() else f"# Separability by selective pruning\n\n{START}{END}\n"
     told = (
         f"{sizes.tokens:,} tokens a set, {sizes.n_steps} steps of {100 * sizes.fraction:g} %, "
         f"{sizes.method} ablation, {sizes.n_modules} modules, {sizes.n_random} random runs."
     )
-    head, rest = text.split(START)
-    path.write_text(f"{head}{START}{told}\n\n{table}{END}{rest.split(END)[1]}")
+    replace_between(path, "table", f"{told}\n\n{table}", title="Separability by selective pruning")
 
 
 def draw(path: Path, runs: dict[str, Separability]) -> None:

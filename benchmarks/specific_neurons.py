@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from documents import replace_between, table_of
 from instructions import DATA, model
 
 from tl_modules import Modules, collect, find_modules
@@ -53,7 +54,7 @@ def main() -> None:
     text = f"Made by `{command(options)}`.\n\n" + "\n\n".join(parts) + "\n"
     print(text)
     if options.write:
-        replace_between(options.write, options.of, text)
+        replace_between(options.write, options.of, text, title="Specific neurons")
 
 
 def texts(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -157,14 +158,10 @@ def side_by_side(effects: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame, corner: str = "group") -> str:
-    lines = [
-        f"| {corner} | " + " | ".join(map(str, table.columns)) + " |",
-        "|---" * (table.shape[1] + 1) + "|",
-    ]
     rows = [
         [str(name), *map(shown, row)] for name, row in zip(table.index, table.to_numpy(object), strict=True)
     ]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return table_of([corner, *map(str, table.columns)], rows)
 
 
 def shown(value: object) -> str:
@@ -177,16 +174,6 @@ def command(options: argparse.Namespace) -> str:
     names = ("of", "texts", "test_texts", "n_random", "method", "max_length")
     given = [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names]
     return " ".join(["python benchmarks/specific_neurons.py", *given])
-
-
-def replace_between(path: Path, name: str, text: str) -> None:
-    """Put the text between the two markers of this name, which are added at the end if they are missing."""
-    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
-    old = path.read_text(encoding="utf-8") if path.exists() else "# Specific neurons\n"
-    if begin not in old:
-        old += f"\n## {name.capitalize()}\n\n{begin}{end}"
-    before, rest = old.split(begin)
-    path.write_text(before + begin + text + end + rest.split(end)[1], encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:

@@ -14,7 +14,7 @@ import tl_modules
 
 PACKAGE = Path(tl_modules.__file__).parent
 ROOMS = [
-    *("_version", "_checks", "_kernels", "objective", "standardize", "sums"),
+    *("_version", "_lazy", "_checks", "_kernels", "objective", "standardize", "sums"),
     *("_weights", "_hooks", "host", "prefix", "sites", "head_dimensions", "bases"),
     *("_saes", "_places", "_frozen", "_linear", "features"),
     *("_store", "activations"),

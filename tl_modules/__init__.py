@@ -5,9 +5,9 @@ Names are loaded on first touch: `import tl_modules` imports neither torch nor T
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
+from tl_modules._lazy import load
 from tl_modules._version import __version__
 
 if TYPE_CHECKING:
@@ -89,9 +89,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    value = load(__name__, _ROOM_OF, name)
     globals()[name] = value
     return value
 

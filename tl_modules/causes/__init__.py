@@ -5,8 +5,9 @@ Names are loaded on first touch.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from tl_modules._lazy import load
 
 if TYPE_CHECKING:
     from tl_modules.causes.across_groups import cross_table
@@ -47,9 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    return load(__name__, _ROOM_OF, name)
 
 
 def __dir__() -> list[str]:

@@ -5,8 +5,9 @@ Source: Li et al. 2024, "The Geometry of Concepts" (arXiv 2410.19750). Names are
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from tl_modules._lazy import load
 
 if TYPE_CHECKING:
     from tl_modules.geometry.affinities import (
@@ -104,9 +105,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    return load(__name__, _ROOM_OF, name)
 
 
 def __dir__() -> list[str]:
