@@ -124,9 +124,14 @@ def module_order(modules: Modules, retain: list[str], forget: list[str], sizes: 
 
 
 def runs_of(
-    texts: Texts, forget: str, modules: Callable[[], Modules], sizes: Sizes, folder: Path | None
+    texts: Texts,
+    forget: str,
+    modules: Callable[[], Modules],
+    sizes: Sizes,
+    ways: list[str],
+    folder: Path | None,
 ) -> dict[str, Separability]:
-    """The three ways; random sets are with the first."""
+    """Some of the three ways; random sets are with the first."""
     size = (sizes.tokens, sizes.max_length)
     find, choose, test = (texts.pair(part, forget, *size) for part in ("find", "choose", "test"))
     options: dict[str, Any] = {
@@ -147,7 +152,7 @@ def runs_of(
         return separate(model(), *find, n_random=sizes.n_random, **options)
 
     return {
-        way: _kept(folder, f"{forget}-{way}".replace(" ", "-"), lambda way=way: by_way(way)) for way in WAYS
+        way: _kept(folder, f"{forget}-{way}".replace(" ", "-"), lambda way=way: by_way(way)) for way in ways
     }
 
 
@@ -185,8 +190,8 @@ def _percent(value: float) -> str:
 def markdown(rows: list[dict[str, str]]) -> str:
     heads = ["forget", *(name for way in WAYS[:2] for name in (way, f"{way}, drop"))]
     heads += ["random", "random, drop", "head dimensions", "head dimensions, drop"]
-    heads = [name for name in heads if name in rows[0]]
-    return table_of(heads, ((row[name] for name in heads) for row in rows))
+    heads = [name for name in heads if any(name in row for row in rows)]
+    return table_of(heads, ((row.get(name, "–") for name in heads) for row in rows))
 
 
 def write(path: Path, table: str, sizes: Sizes) -> None:
@@ -212,7 +217,9 @@ def main() -> None:
         known = sorted(texts.find["category"].unique())
         once = cache(lambda texts=texts, known=known: found_modules(texts, known, sizes))
         for forget in known if wanted == ["all"] else wanted:
-            runs = runs_of(texts, forget, once, sizes, options.runs)
+            with_heads = options.heads_of == ["all"] or forget in options.heads_of
+            ways = [way for way in WAYS if way != "head dimensions" or with_heads]
+            runs = runs_of(texts, forget, once, sizes, ways, options.runs)
             drawn = drawn or runs
             rows.append(row(forget, runs))
             print(rows[-1], flush=True)
@@ -227,6 +234,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--categories", nargs="*", default=["coding"], help="of the instructions; or all")
     parser.add_argument("--languages", nargs="*", default=["all"])
+    parser.add_argument("--heads-of", nargs="*", default=["all"], help="what heads are pruned for as well")
     parser.add_argument(
         "--tokens", type=int, default=1500, help="of each set, for picking and for the curves"
     )

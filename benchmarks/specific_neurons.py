@@ -1,7 +1,7 @@
 """Neurons specific to a language or domain by entropy (LAPE), beside IterD modules of the same texts.
 
     python benchmarks/specific_neurons.py [--of languages|instructions] [--texts 100] [--test-texts 20]
-        [--n-random 3] [--method zero] [--max-length 128] [--write docs/specific_neurons.md]
+        [--n-random 3] [--method zero] [--max-length 128] [--n-controls 20] [--write docs/specific_neurons.md]
 
 SmolLM2-135M-Instruct on ../shared/data. Neurons are counted and selected, and as many modules as there are
 groups are found, on the same texts; effects are measured on others (of the languages: on other sentences,
@@ -9,13 +9,15 @@ none of them a translation of one that was selected on). Per group four sets are
 neurons, the same number of the strongest neurons of the group's module (that with the largest share of the
 group's texts), all of that module, and random neurons, as many in each layer as the specific ones. Settings
 are the source's: 1 % of all neurons, 95 % for filter and bar. They were fixed before any number was looked
-at.
+at. With `--n-controls` the first two kinds of sets are besides judged by `selectivity`, on the texts that the
+effects are measured on.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +26,7 @@ from instructions import DATA, model
 
 from tl_modules import Modules, collect, find_modules
 from tl_modules.causes.across_groups import cross_table
+from tl_modules.causes.by_topic import selectivity
 from tl_modules.causes.passages import Passages
 from tl_modules.entropy import SpecificNeurons, specific_neurons
 from tl_modules.interventions import reference_means, reference_samples
@@ -39,7 +42,9 @@ def main() -> None:
     acts = collect(model(), train, max_length=options.max_length)
     modules = find_modules(acts, len(found.groups), random_state=0, progress=False)
     own = own_modules(modules, found.groups)
-    effects = effects_of(sets(found, modules, own, options), train, test, options)
+    chosen = sets(found, modules, own, options)
+    passages = Passages(model(), test, max_length=options.max_length)
+    effects = effects_of(chosen, passages, train, options)
     parts = [
         "Selection:\n\n" + markdown(selection(found)),
         "Change in loss per token (nats) of each group (columns) without the specific neurons of each (rows):"
@@ -51,6 +56,8 @@ def main() -> None:
         "Change in loss per token on the own group and on the others (mean), by set:\n\n"
         + markdown(side_by_side(effects)),
     ]
+    if options.n_controls:
+        parts.append(judged(chosen, passages, train, options))
     text = f"Made by `{command(options)}`.\n\n" + "\n\n".join(parts) + "\n"
     print(text)
     if options.write:
@@ -108,16 +115,55 @@ def random_like(units: pd.DataFrame, all_units: pd.DataFrame, seed: int) -> pd.D
 
 
 def effects_of(
-    chosen: dict[str, pd.DataFrame], train: pd.DataFrame, test: pd.DataFrame, options: argparse.Namespace
+    chosen: dict[str, pd.DataFrame], passages: Passages, train: pd.DataFrame, options: argparse.Namespace
 ) -> pd.DataFrame:
     """The cross table with columns kind and removed."""
-    make = REFERENCES[options.method]
-    drawn = train.groupby("category").head(max(1, options.texts // 4))
-    reference = make(model(), drawn["text"].tolist(), basis="neurons") if make else None
-    passages = Passages(model(), test, max_length=options.max_length)
+    reference = reference_of(train, options)
     table = cross_table(model(), chosen, passages, method=options.method, reference=reference)
     names = table["removed"].str.split("|", n=1, expand=True)
     return table.assign(kind=names[0].str.split().str[0], draw=names[0], removed=names[1])
+
+
+def reference_of(train: pd.DataFrame, options: argparse.Namespace) -> Any:
+    """Means or samples of a quarter of the texts that were selected on; None for zero ablation."""
+    make = REFERENCES[options.method]
+    drawn = train.groupby("category").head(max(1, options.texts // 4))
+    return make(model(), drawn["text"].tolist(), basis="neurons") if make else None
+
+
+def judged(
+    chosen: dict[str, pd.DataFrame], passages: Passages, train: pd.DataFrame, options: argparse.Namespace
+) -> str:
+    """Verdicts on the specific neurons, and on as many of the strongest of the group's module."""
+    named = {name: units for name, units in chosen.items() if name.split("|")[0] in ("specific", "core")}
+    found = selectivity(
+        model(), named, passages, topics={name: name.split("|")[1] for name in named},
+        method=options.method, reference=reference_of(train, options), n_controls=options.n_controls,
+    )  # fmt: skip
+    rows = []
+    for _, row in found.modules.iterrows():
+        kind, group = row["module"].split("|")
+        others = found.table[(found.table["module"] == row["module"]) & (found.table["category"] != group)]
+        rows.append(
+            {
+                "group": group,
+                "set": kind,
+                "n": int(row["n_units"]),
+                "massive": int(row["massive"]),
+                "effect": row["effect"],
+                "controls": row["control_median"],
+                "excess (95 %)": f"{row['excess']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+                "elsewhere, most": others["excess"].max(),
+                "index": row["index"],
+                "p among controls": row["p_rank"],
+                "q": row["q_selective"],
+                "selective": "yes" if row["selective"] else "no",
+                "causal": "yes" if row["causal"] else "no",
+            }
+        )
+    table = pd.DataFrame(rows).sort_values(["group", "set"], ascending=[True, False]).set_index("group")
+    told = f"Judged by `selectivity` against {options.n_controls} random sets with as many neurons a layer:"
+    return f"{told}\n\n{markdown(table)}"
 
 
 def selection(found: SpecificNeurons) -> pd.DataFrame:
@@ -171,7 +217,7 @@ def shown(value: object) -> str:
 
 
 def command(options: argparse.Namespace) -> str:
-    names = ("of", "texts", "test_texts", "n_random", "method", "max_length")
+    names = ("of", "texts", "test_texts", "n_random", "method", "max_length", "n_controls")
     given = [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names]
     return " ".join(["python benchmarks/specific_neurons.py", *given])
 
@@ -184,6 +230,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--n-random", type=int, default=3, help="random sets for each group")
     parser.add_argument("--method", choices=list(REFERENCES), default="zero")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text that are read")
+    parser.add_argument("--n-controls", type=int, default=0, help="for verdicts by selectivity; 0: none")
     parser.add_argument("--write", type=Path, help="Markdown file with markers to write to")
     return parser.parse_args()
 

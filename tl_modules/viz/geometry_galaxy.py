@@ -10,7 +10,9 @@ from tl_modules.geometry.galaxies import Galaxy
 from tl_modules.viz.figure import Figure
 from tl_modules.viz.panels import GRID, PALETTE, TEXT, canvas
 
-_MARGIN = {"l": 60, "r": 20, "t": 40, "b": 110}
+_MARGIN = {"l": 60, "r": 20, "t": 40, "b": 130}
+_MOST_NAMED = 12
+"""Clouds that a legend still tells apart."""
 _SLOPES = {
     "slope": (PALETTE[0], "solid", "measured"),
     "isotropic_slope": (PALETTE[2], "dot", "white noise, as many"),
@@ -19,7 +21,7 @@ _SLOPES = {
 
 
 def galaxy_lines(galaxy: Galaxy) -> Figure:
-    """Eigenvalues over rank, a line a layer; slope by layer; and, if measured, the clustering entropy.
+    """Eigenvalues over rank, a line a cloud; slope by cloud; and, if measured, the clustering entropy.
 
     The ranks of the fit are shaded. Dotted: what noise gives.
 
@@ -54,8 +56,8 @@ def galaxy_lines(galaxy: Galaxy) -> Figure:
         figure.update_xaxes(type="category", row=1, col=place)
     figure.update_xaxes(gridcolor=GRID)
     figure.update_yaxes(gridcolor=GRID, zeroline=False)
-    legend = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.28, "yanchor": "top"}
-    return figure.update_layout(legend=legend)
+    legend = {"orientation": "h", "x": 0.5, "xanchor": "center", "yanchor": "top"}
+    return figure.update_layout(legend={**legend, "y": -0.22}, legend2={**legend, "y": -0.34})
 
 
 def _spectra(galaxy: Galaxy) -> list[go.Scatter]:
@@ -72,7 +74,9 @@ def _spectra(galaxy: Galaxy) -> list[go.Scatter]:
                     y=own[column].where(own[column] > 0),
                     mode="lines",
                     line={"color": colour, "dash": dash, "width": width},
-                    showlegend=False,
+                    name=str(name),
+                    showlegend=column == "eigenvalue" and len(names) <= _MOST_NAMED,
+                    legend="legend2",
                     hovertemplate=f"{told}<br>rank %{{x}}: %{{y:.3g}}<extra></extra>",
                 )
             )
