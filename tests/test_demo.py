@@ -4,12 +4,14 @@ import importlib.util
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import has_hooked_transformer
 from tqdm.auto import tqdm
 
 from tl_modules._checks import InputError, MissingExtraError
+from tl_modules.attribution.logprob import logprob_increase
 from tl_modules.demo import _quiet, _weights_file, load_demo_model, load_demo_prompts
 from tl_modules.host import describe, forward, hooked, require_mlp
 from tl_modules.prefix import prefix_cache
@@ -40,6 +42,20 @@ def test_logits_agree_with_hugging_face(model, plain):
         assert torch.equal(model.to_tokens(text), tokens)
         with torch.no_grad():
             torch.testing.assert_close(model(tokens), hf_model(tokens).logits, atol=1e-3, rtol=0)
+
+
+def test_attributions_of_both_classes_agree(request):
+    """The same weights in both classes, where there are both."""
+    both = [request.getfixturevalue(f"demo_{kind}") for kind in KINDS]
+    prompt, answer = "The capital of France is", " Paris"
+    for sources in ("neurons", "head_sources"):
+        one, *others = (
+            logprob_increase(each, prompt, answer, sources=sources, top=20, progress=False) for each in both
+        )
+        for other in others:
+            for column in ("source_layer", "source_index", "source_pos"):
+                assert one[column].tolist() == other[column].tolist()
+            np.testing.assert_allclose(one["score"], other["score"], atol=2e-4)
 
 
 def test_it_knows_the_capital_of_france(model):

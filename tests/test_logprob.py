@@ -415,23 +415,6 @@ def test_centering_changes_nothing(name):
     np.testing.assert_allclose(one, other, atol=5e-5)
 
 
-def test_hooked_and_bridge_agree(request):
-    """The same weights in both classes."""
-    if not HOOKED_MODELS:
-        return
-    both = [request.getfixturevalue(name) for name in ("demo_hooked", "demo_bridge")]
-    prompt, answer = "The capital of France is", " Paris"
-    tables = [
-        logprob_increase(each, prompt, answer, sources=sources, top=20, **QUIET)
-        for sources in ("neurons", "head_sources")
-        for each in both
-    ]
-    for one, other in (tables[:2], tables[2:]):
-        for column in ("source_layer", "source_index", "source_pos"):
-            assert one[column].tolist() == other[column].tolist()
-        np.testing.assert_allclose(one["score"], other["score"], atol=2e-4)
-
-
 def test_hooks_are_taken_away(model):
     before = hooks_of(model)
     logprob_increase(model, PROMPTS, sources="head_sources", **QUIET)

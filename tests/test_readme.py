@@ -35,7 +35,8 @@ def test_python(planted, tmp_path, monkeypatch):
         monkeypatch.setitem(transformer_lens.__dict__, name, Loader)
     saes, _ = hand_built("sae")
     monkeypatch.setattr(FeatureBasis, "from_pretrained", lambda release, sae_ids: FeatureBasis(saes))
-    names = {"prompts": planted.prompts, "held_out": planted_prompts(seed=1)[0]}
+    held_out = planted_prompts(seed=1)[0].groupby("category").head(4)
+    names = {"prompts": planted.prompts, "held_out": held_out}
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), names)
     assert names["acts"].n_samples == len(planted.prompts)

@@ -313,7 +313,7 @@ def test_edges_are_direct_effects_of_interventions(model):
     graph = graph_of(model, transcoders(layers=[0, 2]))
     nothing = torch.zeros(1, len(IDS), D_MODEL)
     checked = 0
-    for source, target in some_edges(graph, 12):
+    for source, target in some_edges(graph, 6):
         write, aim = graph.writes[source], graph.aims[target]
         change = nothing.clone()
         change[0, write.pos] = write.vector
@@ -322,7 +322,7 @@ def test_edges_are_direct_effects_of_interventions(model):
         effect = (still - moved) @ aim.direction
         assert effect == pytest.approx(float(graph.adjacency[target, source]), abs=1e-4)
         checked += 1
-    assert checked >= 10
+    assert checked >= 5
 
 
 def test_what_a_feature_writes(model):
@@ -351,13 +351,13 @@ def test_what_a_feature_writes(model):
 def test_head_split_adds_up(model):
     graph = graph_of(model, transcoders())
     passed = 0
-    for source, target in some_edges(graph, 8):
+    for source, target in some_edges(graph, 4):
         for layer in range(N_LAYERS):
             split = graph.edge_head_split(source, target, layer)
             edge = float(graph.adjacency[target, source])
             assert float(split.heads.sum()) + split.bypass == pytest.approx(edge, abs=1e-4)
             passed += bool(split.heads.any())
-    assert passed > 3
+    assert passed > 1
 
 
 @pytest.mark.parametrize("name", HOOKED_MODELS)

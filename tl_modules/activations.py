@@ -135,10 +135,12 @@ class UnitActivations:
         samples, units = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
         rows = _positions("samples", samples, self.n_samples)
         columns = _positions("units", units, self.n_units)
-        if isinstance(rows, np.ndarray) and isinstance(columns, np.ndarray) and not self.is_sparse:
-            X = self.X[rows[:, None], columns]
-        else:
+        if self.is_sparse or isinstance(columns, slice):
             X = self.X[rows, :][:, columns]
+        elif isinstance(rows, slice):
+            X = np.take(self.X[rows], columns, axis=1)  # X[:, columns] would lie column by column
+        else:
+            X = self.X[rows[:, None], columns]
         return UnitActivations(X, self.samples.iloc[rows], self.units.iloc[columns], self.source)
 
     def save(self, path: str | Path) -> None:
