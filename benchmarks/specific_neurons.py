@@ -9,8 +9,8 @@ none of them a translation of one that was selected on). Per group four sets are
 neurons, the same number of the strongest neurons of the group's module (that with the largest share of the
 group's texts), all of that module, and random neurons, as many in each layer as the specific ones. Settings
 are the source's: 1 % of all neurons, 95 % for filter and bar. They were fixed before any number was looked
-at. With `--n-controls` the first two kinds of sets are besides judged by `selectivity`, on the texts that the
-effects are measured on.
+at. With `--n-controls` the first two kinds of sets, of all groups or of some, are besides judged by
+`selectivity`, on the texts of these groups that the effects are measured on.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
         + markdown(side_by_side(effects)),
     ]
     if options.n_controls:
-        parts.append(judged(chosen, passages, train, options))
+        parts.append(judged(chosen, test, train, options))
     text = f"Made by `{command(options)}`.\n\n" + "\n\n".join(parts) + "\n"
     print(text)
     if options.write:
@@ -132,13 +132,16 @@ def reference_of(train: pd.DataFrame, options: argparse.Namespace) -> Any:
 
 
 def judged(
-    chosen: dict[str, pd.DataFrame], passages: Passages, train: pd.DataFrame, options: argparse.Namespace
+    chosen: dict[str, pd.DataFrame], test: pd.DataFrame, train: pd.DataFrame, options: argparse.Namespace
 ) -> str:
     """Verdicts on the specific neurons, and on as many of the strongest of the group's module."""
-    named = {name: units for name, units in chosen.items() if name.split("|")[0] in ("specific", "core")}
+    own = sorted(test["category"].unique()) if options.judged == ["all"] else options.judged
+    named = {f"{kind}|{group}": chosen[f"{kind}|{group}"] for group in own for kind in ("specific", "core")}
     found = selectivity(
-        model(), named, passages, topics={name: name.split("|")[1] for name in named},
-        method=options.method, reference=reference_of(train, options), n_controls=options.n_controls,
+        model(), named, test[test["category"].isin(own)],
+        topics={name: name.split("|")[1] for name in named}, method=options.method,
+        reference=reference_of(train, options), n_controls=options.n_controls,
+        max_length=options.judged_length,
     )  # fmt: skip
     rows = []
     for _, row in found.modules.iterrows():
@@ -217,8 +220,10 @@ def shown(value: object) -> str:
 
 
 def command(options: argparse.Namespace) -> str:
-    names = ("of", "texts", "test_texts", "n_random", "method", "max_length", "n_controls")
+    names = ["of", "texts", "test_texts", "n_random", "method", "max_length", "n_controls"]
+    names += ["judged_length"] if options.n_controls else []
     given = [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names]
+    given += ["--judged", *options.judged] if options.n_controls else []
     return " ".join(["python benchmarks/specific_neurons.py", *given])
 
 
@@ -231,6 +236,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--method", choices=list(REFERENCES), default="zero")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text that are read")
     parser.add_argument("--n-controls", type=int, default=0, help="for verdicts by selectivity; 0: none")
+    parser.add_argument("--judged", nargs="+", default=["all"], help="groups that selectivity is run for")
+    parser.add_argument("--judged-length", type=int, default=128, help="tokens of a text for selectivity")
     parser.add_argument("--write", type=Path, help="Markdown file with markers to write to")
     return parser.parse_args()
 
