@@ -1,7 +1,8 @@
 """Neurons specific to a language or domain by entropy (LAPE), beside IterD modules of the same texts.
 
     python benchmarks/specific_neurons.py [--of languages|instructions] [--texts 100] [--test-texts 20]
-        [--n-random 3] [--method zero] [--max-length 128] [--n-controls 20] [--write docs/specific_neurons.md]
+        [--n-random 3] [--method zero] [--max-length 128] [--judged french arabic]
+        [--write docs/specific_neurons.md]
 
 SmolLM2-135M-Instruct on ../shared/data. Neurons are counted and selected, and as many modules as there are
 groups are found, on the same texts; effects are measured on others (of the languages: on other sentences,
@@ -9,8 +10,8 @@ none of them a translation of one that was selected on). Per group four sets are
 neurons, the same number of the strongest neurons of the group's module (that with the largest share of the
 group's texts), all of that module, and random neurons, as many in each layer as the specific ones. Settings
 are the source's: 1 % of all neurons, 95 % for filter and bar. They were fixed before any number was looked
-at. With `--n-controls` the first two kinds of sets, of all groups or of some, are besides judged by
-`selectivity`, on the texts of these groups that the effects are measured on.
+at. With `--judged` nothing else is done than to judge the first two kinds of sets, of all groups or of some,
+by `selectivity` on the texts of these groups.
 """
 
 from __future__ import annotations
@@ -43,9 +44,29 @@ def main() -> None:
     modules = find_modules(acts, len(found.groups), random_state=0, progress=False)
     own = own_modules(modules, found.groups)
     chosen = sets(found, modules, own, options)
+    if options.judged:
+        parts, name = [judged(chosen, test, train, options)], f"{options.of} judged"
+    else:
+        parts, name = tables(found, modules, own, chosen, train, test, options), options.of
+    text = f"Made by `{command(options)}`.\n\n" + "\n\n".join(parts) + "\n"
+    print(text)
+    if options.write:
+        replace_between(options.write, name, text, title="Specific neurons")
+
+
+def tables(
+    found: SpecificNeurons,
+    modules: Modules,
+    own: dict[str, int],
+    chosen: dict[str, pd.DataFrame],
+    train: pd.DataFrame,
+    test: pd.DataFrame,
+    options: argparse.Namespace,
+) -> list[str]:
+    """What was selected, what it does, and how much of it the modules share."""
     passages = Passages(model(), test, max_length=options.max_length)
     effects = effects_of(chosen, passages, train, options)
-    parts = [
+    return [
         "Selection:\n\n" + markdown(selection(found)),
         "Change in loss per token (nats) of each group (columns) without the specific neurons of each (rows):"
         "\n\n" + markdown(square(effects, "specific"), "removed"),
@@ -56,12 +77,6 @@ def main() -> None:
         "Change in loss per token on the own group and on the others (mean), by set:\n\n"
         + markdown(side_by_side(effects)),
     ]
-    if options.n_controls:
-        parts.append(judged(chosen, test, train, options))
-    text = f"Made by `{command(options)}`.\n\n" + "\n\n".join(parts) + "\n"
-    print(text)
-    if options.write:
-        replace_between(options.write, options.of, text, title="Specific neurons")
 
 
 def texts(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -141,7 +156,7 @@ def judged(
         model(), named, test[test["category"].isin(own)],
         topics={name: name.split("|")[1] for name in named}, method=options.method,
         reference=reference_of(train, options), n_controls=options.n_controls,
-        max_length=options.judged_length,
+        max_length=options.max_length,
     )  # fmt: skip
     rows = []
     for _, row in found.modules.iterrows():
@@ -220,10 +235,10 @@ def shown(value: object) -> str:
 
 
 def command(options: argparse.Namespace) -> str:
-    names = ["of", "texts", "test_texts", "n_random", "method", "max_length", "n_controls"]
-    names += ["judged_length"] if options.n_controls else []
+    names = ["of", "texts", "test_texts", "n_random", "method", "max_length"]
+    names[3:4] = ["n_controls"] if options.judged else ["n_random"]
     given = [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names]
-    given += ["--judged", *options.judged] if options.n_controls else []
+    given += ["--judged", *options.judged] if options.judged else []
     return " ".join(["python benchmarks/specific_neurons.py", *given])
 
 
@@ -235,9 +250,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--n-random", type=int, default=3, help="random sets for each group")
     parser.add_argument("--method", choices=list(REFERENCES), default="zero")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text that are read")
-    parser.add_argument("--n-controls", type=int, default=0, help="for verdicts by selectivity; 0: none")
-    parser.add_argument("--judged", nargs="+", default=["all"], help="groups that selectivity is run for")
-    parser.add_argument("--judged-length", type=int, default=128, help="tokens of a text for selectivity")
+    parser.add_argument("--judged", nargs="+", help="groups, or all, for verdicts by selectivity alone")
+    parser.add_argument("--n-controls", type=int, default=20, help="for these verdicts")
     parser.add_argument("--write", type=Path, help="Markdown file with markers to write to")
     return parser.parse_args()
 
