@@ -3,9 +3,9 @@
     python benchmarks/selectivity_cost.py [--modules 2] [--controls 2] [--prompts 4] [--rounds 2]
 
 SmolLM2-135M-Instruct, random sets of neurons of a tenth of each layer, zero, mean and resample ablation.
-Bare passes: `model(tokens)` with logits on the same batches, once for the clean run, for unit sizes, for each
-set and each control. Both are run in turn; ratios are of the medians, of wall time and of CPU time, which
-other processes disturb less. Asked: at most 1.2.
+Bare passes: `model(tokens)` with logits on the same batches, once for the clean run, in which unit sizes are
+read, for each set and each control. Both are run in turn; ratios are of the medians, of wall time and of CPU
+time, which other processes disturb less. Asked: at most 1.2.
 The full size of the claim is --modules 20 --controls 5 --prompts 20.
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
             )  # fmt: skip
             times["selectivity"].append(now() - started)
             holders = int((result.modules["massive"] > 0).sum())
-            n_passes = 2 + len(sets) * (1 + options.controls)
+            n_passes = 1 + len(sets) * (1 + options.controls)
             n_passes += holders * (1 + options.controls) + min(20, len(result.massive))
             times["bare"].append(bare(passages, n_passes))
         found = {name: np.median(seconds, axis=0) for name, seconds in times.items()}

@@ -12,7 +12,7 @@ from tiny_models import ALL_MODELS, has_hooked_transformer
 from tl_modules._checks import InputError
 from tl_modules.bases import HeadBasis, NeuronBasis
 from tl_modules.causes.controls import check_controls, draw_controls, strata_of, tenths
-from tl_modules.causes.massive import UnitActivity, unit_activity
+from tl_modules.causes.massive import UnitActivity, activity_and_scores, unit_activity
 from tl_modules.causes.passages import Passages
 from tl_modules.causes.statistics import (
     category_means,
@@ -75,6 +75,22 @@ def test_the_planted_massive_neuron_is_found_and_no_other():
         assert found["label"].tolist() == ([label] if massive else [])
         if massive:
             assert found["peak"].item() == pytest.approx(80) and found["share"].item() > 0.9
+
+
+@pytest.mark.parametrize("name", [name for name in ("llama_like", "bridge_gpt2") if name in ALL_MODELS])
+def test_sizes_and_scores_in_one_pass(name):
+    model = ALL_MODELS[name]()
+    passages, sites = Passages(model, PROMPTS, batch_tokens=12), NeuronBasis().sites(model)
+    passes = []
+    model.add_hook("blocks.0.hook_resid_post", lambda activation, hook: passes.append(len(activation)))
+    found, scores = activity_and_scores(model, sites, passages, progress=False)
+    assert len(passes) == passages.n_batches > 1 and sum(passes) == len(PROMPTS)
+    apart, alone = unit_activity(model, sites, passages, progress=False), passages.scores(model)
+    model.reset_hooks()
+    for field in ("mean", "peak", "share", "prompt", "position"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(apart, field))
+    np.testing.assert_array_equal(scores.loss, alone.loss)
+    np.testing.assert_array_equal(scores.rank, alone.rank)
 
 
 def an_activity(seed=0, sizes=(40, 25, 60), n_massive=2):
@@ -209,6 +225,63 @@ def test_cells_against_a_loop_and_the_normal_interval():
         assert excess - cells.low[module, category] == pytest.approx(half, rel=0.2, abs=0.02)
     assert cells.excesses.shape == (4000, 2, 3)
     np.testing.assert_allclose(category_means(effects, codes, 3), cells.effect)
+
+
+def one_topic(controls, effects, n_bootstrap=400):
+    """The cells of modules on a single topic."""
+    codes = np.zeros(effects.shape[1], dtype=np.int64)
+    rng = np.random.default_rng(1)
+    return cellwise(effects, controls, codes, 1, n_bootstrap=n_bootstrap, rng=rng)
+
+
+def test_intervals_know_that_controls_are_drawn():
+    rng = np.random.default_rng(0)
+    effects = np.full((1, 14), 2.0)
+    of_sets = rng.normal(size=20)
+    alike, unlike = (np.tile(sets[None, :, None], (1, 1, 14)) for sets in (np.zeros(20), of_sets))
+    # Prompts are all the same: what is uncertain is the median of the random sets alone.
+    found = one_topic(unlike, effects, n_bootstrap=4000)
+    redrawn = 2.0 - np.median(of_sets[rng.integers(20, size=(20000, 20))], axis=1)
+    ends = [found.low.item(), found.high.item()]
+    np.testing.assert_allclose(ends, np.quantile(redrawn, [0.025, 0.975]), atol=0.05)
+    assert np.ptp(ends) > 0.5
+    assert found.effects.std() < 1e-12 and found.excesses.std() > 0.1
+    same = one_topic(alike, effects)
+    np.testing.assert_allclose([same.low, same.high, same.excess], 2.0)
+
+
+def test_redrawing_equal_controls_changes_nothing():
+    rng = np.random.default_rng(0)
+    effects = rng.normal(size=(2, 14))
+    one = rng.normal(size=(2, 1, 14))
+    found = one_topic(np.repeat(one, 20, axis=1), effects)
+    weights = np.random.default_rng(1)
+    weights.integers(20, size=(400, 1, 20))
+    drawn = weights.multinomial(14, np.full(14, 1 / 14), 400) / 14
+    np.testing.assert_allclose(found.excesses[..., 0], drawn @ (effects - one[:, 0]).T)
+
+
+def test_the_controls_of_a_sample_are_the_same_for_all_topics():
+    """Random sets that hurt everything more or less: it cancels between the topics of a sample."""
+    rng = np.random.default_rng(0)
+    controls = np.tile(rng.normal(size=(1, 20, 1)), (1, 1, 8))
+    codes = np.repeat([0, 1], 4)
+    found = cellwise(np.ones((1, 8)), controls, codes, 2, n_bootstrap=300, rng=rng)
+    np.testing.assert_allclose(found.excesses[..., 0], found.excesses[..., 1])
+    assert found.excesses.std() > 0.1
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.5, 2.0])
+def test_intervals_cover_the_true_excess(spread):
+    """Two hundred runs with 20 random sets and 14 prompts: more than 9 in 10 intervals hold the truth."""
+    rng = np.random.default_rng(0)
+    hard = rng.normal(scale=2.0, size=(1000, 1, 14))
+    sets = rng.normal(scale=spread, size=(1000, 20, 1))
+    controls = sets + hard + rng.normal(scale=0.3, size=(1000, 20, 14))
+    effects = 1.0 + hard[:, 0] + rng.normal(scale=0.5, size=(1000, 14))
+    found = one_topic(controls, effects, n_bootstrap=200)
+    assert 0.9 <= ((found.low <= 1.0) & (found.high >= 1.0)).mean() <= 0.98
+    assert found.low.shape == (1000, 1)
 
 
 def test_own_most_is_an_intersection_union_test():

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import torch
 from labelled import scattered
-from planted_causes import GROUP_NAMES, planted_causes
-from tiny_models import ALL_MODELS
+from planted_causes import GROUP_NAMES, massive_neuron, planted_causes
+from tiny_models import ALL_MODELS, has_hooked_transformer
 
 from tl_modules._checks import InputError
 from tl_modules.ablator import Ablator
@@ -149,6 +149,63 @@ def test_the_model_is_left_as_it_was(model):
     assert torch.equal(model(tokens), before)
 
 
+if has_hooked_transformer():
+
+    def test_massive_units_can_be_spared():
+        planted = planted_causes(massive=True)
+        model, label = planted.model, f"L0N{massive_neuron(planted.unit_groups)}"
+        units = NeuronBasis().units(model)
+        ash = units[planted.unit_groups == 0]
+        scores = np.arange(len(ash) + 1.0)
+        how = {"order": scores, "fractions": [0.5], "method": "zero", "n_random": 2, "progress": False}
+        both = pd.concat([ash, units[units["label"] == label]]).sort_index()
+        spared, whole = (
+            dose(model, both, planted.prompts, spare_massive=spare, **how) for spare in (True, False)
+        )
+        assert spared.massive["label"].tolist() == [label] and spared.massive["peak"].item() > 50
+        assert label not in set(spared.units["label"]) and label in set(whole.units["label"])
+        assert len(spared.units) == len(ash) == 18 and "18 units, 1 massive spared" in repr(spared)
+        own = spared.table.set_index(["category", "fraction"])["effect"]
+        assert 0.3 < own["ash", 1.0] < 2 and own.drop(index="ash").max() < 0.3
+        assert whole.table["effect"].max() > 20 and whole.massive.empty
+        given = [one for unit, one in zip(both["label"], scores, strict=True) if unit != label]
+        alone = dose(model, ash, planted.prompts, spare_massive=True, **how | {"order": given})
+        pd.testing.assert_frame_equal(alone.table, spared.table)
+        assert alone.massive.empty and alone.massive.columns.tolist() == spared.massive.columns.tolist()
+        with pytest.raises(InputError, match="units: got massive units only"):
+            dose(model, label, planted.prompts, spare_massive=True, method="zero", order="random")
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_prompts_are_read_as_asked(name):
+    """Against the same `Passages`, and ablation by hand from the second token on."""
+    model = ALL_MODELS[name]()
+    after = [" and a mat", " far", " five", " sat"]
+    how = {"order": "random", "fractions": [0.5], "method": "zero", "n_random": 0, "progress": False}
+    reading = {"continuations": after, "max_length": 4, "batch_tokens": 40, "prepend_bos": True}
+    units = ["L0N1", "L1N7", "L2N3", "L1N9"]
+    found = dose(model, units, TEXTS, LABELS, positions=slice(1, None), **reading, **how)
+    passages = Passages(model, TEXTS, **reading)
+    again = dose(model, units, passages, LABELS, positions=slice(1, None), **how)
+    pd.testing.assert_frame_equal(found.table, again.table)
+    with ablate(model, units, positions=slice(1, None)):
+        without = passages.scores(model).mean_loss()
+    np.testing.assert_allclose(found.effects[-1], without - passages.scores(model).mean_loss(), atol=1e-5)
+    everywhere = dose(model, units, passages, LABELS, **how)
+    assert not np.allclose(everywhere.effects, found.effects)
+    by_tokens = dose(model, units, TEXTS, LABELS, **reading, **how | {"method": "mean"})
+    tokens = passages.token_lists()
+    same = dose(model, units, passages, LABELS, **how | {"method": "mean", "reference": tokens})
+    pd.testing.assert_frame_equal(by_tokens.table, same.table)
+
+
+def test_attribution_is_of_the_prompts_as_they_were_cut(model):
+    how = {"order": "attribution", "method": "zero", "n_random": 0, "progress": False}
+    found = dose(model, ["L0N1", "L1N7", "L2N3", "L1N9"], TEXTS, max_length=3, **how)
+    harm = predicted_harm(Ablator(model), Passages(model, TEXTS, max_length=3).token_lists())
+    assert np.all(np.diff(harm[found.units.index]) <= 0)
+
+
 def test_core_of_a_curve_that_falls_again(doses):
     found = doses["ash"]
     table = pd.DataFrame({"category": ALL, "fraction": [0, 0.25, 0.5, 1], "n_units": [0, 1, 2, 4]})
@@ -173,6 +230,9 @@ def test_core_of_a_curve_that_falls_again(doses):
         ({"method": "median"}, "method: got 'median'"),
         ({"labels": ["a"]}, "labels: got 1 of them"),
         ({"n_random": -1}, "n_random: got -1"),
+        ({"spare_masive": True}, "reading: got 'spare_masive'.*spare_massive"),
+        ({"order": "attribution", "continuations": ["a"] * 4}, "order: got 'attribution' with continuations"),
+        ({"positions": "first"}, "positions: got 'first'"),
     ],
 )
 def test_refusals(model, changed, message):
@@ -199,6 +259,8 @@ def test_passages_need_their_own_reference(model):
         dose(model, "L0N1", passages, order="random")
     with pytest.raises(InputError, match="order: got 'attribution' with Passages"):
         dose(model, "L0N1", passages, order="attribution", method="zero")
+    with pytest.raises(InputError, match="prompts: got Passages and max_length"):
+        dose(model, "L0N1", passages, order="random", method="zero", max_length=3)
     found = dose(model, "L0N1", passages, order="random", method="mean", reference=TEXTS, progress=False)
     assert len(found.table) == 2
     with pytest.raises(InputError, match="share: got 0"):

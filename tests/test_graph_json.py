@@ -2,11 +2,15 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 
 from tl_modules._checks import FileFormatError, InputError
+from tl_modules.attribution.frozen import FrozenPrompt
+from tl_modules.attribution.graph import LocalGraph
 from tl_modules.attribution.graph_json import cantor, graph_document, node_ids, validate, write_graph
 
 NODES = pd.DataFrame(
@@ -141,3 +145,21 @@ def test_missing_fields_are_named(name):
     short = document()
     del short["qParams"]["sg_pos"]
     validate(short)
+
+
+def test_a_graph_shows_itself_in_one_line():
+    many = pd.concat([NODES.iloc[:2]] * 600 + [NODES.iloc[2:]], ignore_index=True)
+    adjacency = torch.zeros(len(many), len(many))
+    adjacency[0, 3], adjacency[4, 1] = 1.5, -2.0
+    zeros = torch.zeros(len(many))
+    text = "The capital of the state\ncontaining <Dallas> is"
+    graph = LocalGraph(many, adjacency, zeros, zeros, zeros, text, object.__new__(FrozenPrompt), {}, {})
+    assert repr(graph) == (
+        "LocalGraph(1,200 features, 1 error, 1 embedding, 2 logits, 2 edges "
+        "of 'The capital of the state\\ncontaining <Da…')"
+    )
+    shown = graph._repr_html_()
+    assert "<strong>LocalGraph(1,200 features" in shown and "&lt;Da…" in shown
+    assert shown.count("<tr") == 11 and "L1T57794" in shown
+    assert repr(replace(graph, prompt="see")).endswith("2 edges of 'see')")
+    assert repr(replace(graph, prompt="")).endswith("2 edges)")

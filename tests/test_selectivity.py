@@ -8,6 +8,7 @@ import pytest
 import torch
 from labelled import labelled
 from planted_causes import GROUP_NAMES, massive_neuron, planted_causes
+from scipy import stats
 from tiny_models import ALL_MODELS, has_hooked_transformer
 
 from tl_modules._checks import FileFormatError, InputError
@@ -94,15 +95,14 @@ def test_effects_of_modules_and_controls_are_those_of_hooks_by_hand(name, basis,
         measured = trial.measured()
     masks = [own, *trial.drawn["layers"][0].masks]
     found = [measured.effects[0], *measured.controls["layers"][0]]
+    clean = [loss_by_hand(model, tokens_of(model, text)) for text in PROMPTS]
     for mask, effects in zip(masks, found, strict=True):
-        for text, effect in zip(PROMPTS, effects, strict=True):
-            ids = tokens_of(model, text)
-            clean, _ = loss_by_hand(model, ids)
-            changed, _ = loss_by_hand(model, ids, hooks_by_hand(model, basis, mask, method))
-            assert effect == pytest.approx(changed - clean, abs=1e-5)
-            assert abs(changed - clean) > 1e-4
-    clean_accuracy = [loss_by_hand(model, tokens_of(model, text))[1] for text in PROMPTS]
-    np.testing.assert_allclose(trial.clean_accuracy, clean_accuracy, atol=1e-6)
+        hooks = hooks_by_hand(model, basis, mask, method)
+        for text, effect, (before, _) in zip(PROMPTS, effects, clean, strict=True):
+            changed, _ = loss_by_hand(model, tokens_of(model, text), hooks)
+            assert effect == pytest.approx(changed - before, abs=1e-5)
+            assert abs(changed - before) > 1e-4
+    np.testing.assert_allclose(trial.clean_accuracy, [accuracy for _, accuracy in clean], atol=1e-6)
     assert measured.accuracy[0][-1] == pytest.approx(accuracy_without(model, basis, own, method), abs=1e-6)
 
 
@@ -165,13 +165,25 @@ def test_the_table_is_what_its_arrays_say(found, planted):
     assert found.samples["category"].tolist() == planted.prompts["category"].tolist()
 
 
+def test_ranks_are_corrected_over_modules_for_each_kind_of_control(found):
+    for control in ("layers", "strength"):
+        rows = found.against(control)
+        np.testing.assert_allclose(rows["q_rank"], stats.false_discovery_control(rows["p_rank"]))
+    changed = replace(found, module_table=found.module_table.drop(columns="q_rank"))
+    assert changed.note == found.note and changed._repr_html_() == found._repr_html_()
+
+
 def test_random_modules_are_not_causal(planted):
     units, rng = NeuronBasis().units(planted.model), np.random.default_rng(1)
     sets = {f"random {i}": units.iloc[rng.choice(96, 18, replace=False)] for i in range(4)}
-    result = selectivity(planted.model, sets, planted.prompts, method="zero", n_controls=19, progress=False)
+    half = planted.prompts.iloc[::2]
+    result = selectivity(planted.model, sets, half, method="zero", n_controls=19, progress=False)
     assert set(result.modules["topic_from"]) == {"half"}
     assert not result.modules["causal"].any()
     assert result.modules["excess"].abs().max() < 0.1
+    ranks = result.modules["p_rank"].to_numpy()
+    assert len(set(ranks)) > 1
+    np.testing.assert_allclose(result.modules["q_rank"], stats.false_discovery_control(ranks))
 
 
 def test_topics_from_half_of_the_prompts_or_as_given(planted):
@@ -221,6 +233,9 @@ def test_saved_and_loaded(found, tmp_path):
         pd.testing.assert_frame_equal(getattr(again, name), getattr(found, name))
     np.testing.assert_array_equal(again.control_effects["strength"], found.control_effects["strength"])
     assert repr(again) == repr(found) and again.settings == found.settings
+    # As it was saved before modules' ranks were corrected.
+    replace(found, module_table=found.module_table.drop(columns="q_rank")).save(tmp_path / "old")
+    assert "q_rank" not in Selectivity.load(tmp_path / "old").modules
     (tmp_path / "found" / "per_prompt.npy").unlink()
     with pytest.raises(FileFormatError, match="per_prompt"):
         Selectivity.load(tmp_path / "found")
@@ -231,7 +246,8 @@ def test_what_it_says_of_itself(found):
         "Selectivity(4 modules × 80 prompts, zero ablation, 20 controls; 4 selective, 4 causal)"
     )
     assert found.note == (
-        "With 20 controls p_rank cannot be below 0.0476: for q of at most 0.05, 16 of 16 cells must be there."
+        "With 20 controls p_rank cannot be below 0.0476: for q of at most 0.05, 16 of 16 cells must be "
+        "there, for q_rank 4 of 4 modules."
     )
     assert "the ash module" in found._repr_html_()
     assert found.plot("strength").data

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from labelled import labelled
 from test_importance import loop, naive, neurons
-from tiny_models import ALL_MODELS, D_MLP, N_HEADS, N_LAYERS
+from tiny_models import ALL_MODELS, D_MLP, N_HEADS, N_LAYERS, foretold
 from two_abilities import N_WORDS, texts, two_abilities
 
 from tl_modules import viz
@@ -228,23 +230,25 @@ def test_intervals_are_those_of_a_loop_over_draws(planted):
 # --- any model, any units ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ALL_MODELS)
-@pytest.mark.parametrize("method", ["zero", "mean"])
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "zero") for name in ALL_MODELS), ("bridge_gpt2", "mean")]
+)
 def test_the_loop_is_the_one_made_by_hand(name, method):
     """Collect, score, prune, by hooks of our own, one text at a time."""
     model = ALL_MODELS[name]()
+    words, code = ([*own, foretold(model)] for own in (WORDS, CODE))
     options = {"importance": "rms", "fraction": 0.1, "n_steps": 3, "eps": 1e-3, "method": method, **QUIET}
-    found = separate(model, WORDS, CODE, **options)
-    means = torch.from_numpy(naive(loop(model, WORDS, neurons, False, keep_first=True))["mean"]).float()
+    found = separate(model, words, code, **options)
+    means = torch.from_numpy(naive(loop(model, words, neurons, False, keep_first=True))["mean"]).float()
     gone = np.zeros(N_LAYERS * D_MLP, dtype=bool)
     for step in range(1, 4):
         with pruned_by_hand(model, gone, means if method == "mean" else 0 * means):
-            retain, forget = (naive(loop(model, own, neurons, False))["rms"] for own in (WORDS, CODE))
+            retain, forget = (naive(loop(model, own, neurons, False))["rms"] for own in (words, code))
         score = np.where(gone, -np.inf, forget / (retain + 1e-3))
         gone[np.argsort(-score)[: int(0.1 * step * len(gone)) - gone.sum()]] = True
         assert np.array_equal(found.mask(step), gone)
     with pruned_by_hand(model, gone, means if method == "mean" else 0 * means):
-        loss, hits = exam_by_hand(model, CODE)
+        loss, hits = exam_by_hand(model, code)
     assert found.steps["forget_loss"].iloc[3] == pytest.approx(loss, abs=1e-4)
     assert found.steps["forget_top10"].iloc[3] == pytest.approx(hits, abs=1e-9)
 
@@ -281,10 +285,11 @@ def exam_by_hand(model, prompts):
 @pytest.mark.parametrize("name", ALL_MODELS)
 def test_every_kind_of_unit_goes_the_same_way(name):
     model = ALL_MODELS[name]()
+    words, code = ([*own, foretold(model)] for own in (WORDS, CODE))
     tokens = torch.tensor([[5, 9, 17, 40]])
     for basis in ("heads", HeadDimensionBasis([0, 2]), HeadDimensionBasis() + NeuronBasis()):
         share = {"neuron": 0.02, "head_dimension": 0.05, "head": 0.3}
-        found = separate(model, WORDS, CODE, basis=basis, fraction=share, n_steps=2, **QUIET)
+        found = separate(model, words, code, basis=basis, fraction=share, n_steps=2, **QUIET)
         counts = found.pruned().groupby("kind").size().to_dict()
         totals = found.units.groupby("kind").size()
         assert counts == {kind: int(2 * share[kind] * n + 1e-9) for kind, n in totals.items()}
@@ -298,12 +303,13 @@ def test_every_kind_of_unit_goes_the_same_way(name):
 def test_static_scores_resample_and_classes():
     model = ALL_MODELS["bridge_llama"]()
     options = {"fraction": 0.1, "n_steps": 2, **QUIET}
-    once = separate(model, WORDS, CODE, recalculate=False, **options)
-    anew = separate(model, WORDS, CODE, recalculate=True, **options)
+    words, code = ([*own, foretold(model)] for own in (WORDS, CODE))
+    once = separate(model, words, code, recalculate=False, **options)
+    anew = separate(model, words, code, recalculate=True, **options)
     assert np.array_equal(once.mask(1), anew.mask(1)) and not np.array_equal(once.mask(2), anew.mask(2))
-    whole = separate(model, WORDS, CODE, recalculate=False, fraction=0.2, n_steps=1, **QUIET)
+    whole = separate(model, words, code, recalculate=False, fraction=0.2, n_steps=1, **QUIET)
     assert np.array_equal(whole.mask(1), once.mask(2))
-    drawn = [separate(model, WORDS, CODE, method="resample", random_state=i, **options) for i in (1, 1, 2)]
+    drawn = [separate(model, words, code, method="resample", random_state=i, **options) for i in (1, 1, 2)]
     losses = [run.steps["retain_loss"].iloc[2] for run in drawn]
     assert losses[0] == losses[1] != losses[2]
     classes = once.classes[once.classes["step"] == 0].set_index(["set", "token_class"])
@@ -313,10 +319,37 @@ def test_static_scores_resample_and_classes():
     ).sum()
     assert total["forget"] == pytest.approx(once.steps["forget_top1"].iloc[0])
     heads = separate(
-        model, WORDS, CODE, basis=HeadBasis(), dimensions="median", fraction=0.2, n_steps=9, **QUIET
+        model, words, code, basis=HeadBasis(), dimensions="median", fraction=0.2, n_steps=9, **QUIET
     )
     assert heads.mask().sum() == N_LAYERS * N_HEADS and len(heads) == 6
     assert heads.steps["n_pruned"].is_monotonic_increasing
+
+
+def test_a_set_that_nothing_is_foretold_of(planted, monkeypatch):
+    """Refused before anything is scored; the last word of a text is never foretold when it is always odd."""
+    odd = [[words[0], words[0]] for words in planted.forget]
+    monkeypatch.setattr("tl_modules.separability.loop.measured", None)
+    for name, sets in {"forget": (planted.retain, odd), "retain": (odd, planted.forget)}.items():
+        match = f"a {name} set of which the model foretells no token right, expected .* longer texts"
+        with pytest.raises(InputError, match=f"^{name}: got {match}"):
+            separate(planted.model, *sets, **QUIET)
+        with pytest.raises(InputError, match=f"^evaluate_on: got {match}"):
+            separate(planted.model, planted.retain, planted.forget, evaluate_on=sets, **QUIET)
+
+
+def test_draws_without_a_token_foretold_are_left_out(planted):
+    """One text of twelve has all tokens foretold right: every third draw misses it."""
+    found = separate(planted.model, planted.retain, planted.forget, fraction=0.2, n_steps=2, **QUIET)
+    sums = found.marks["forget"].sums.copy()
+    sums[:, 1:, METRICS.index("top1")] = 0
+    marks = {**found.marks, "forget": Marks(sums, found.marks["forget"].n_targets)}
+    thin = replace(found, marks=marks)
+    drawn = [auc_score(*curves, monotone=True) for curves in thin._drawn("top1", 300, 5)]
+    missed = np.isnan(drawn)
+    assert 0.2 < missed.mean() < 0.5
+    row = thin.numbers(n_bootstraps=300, random_state=5).loc["auc_score"]
+    ends = np.quantile(np.array(drawn)[~missed], [0.025, 0.975])
+    np.testing.assert_allclose([row["low"], row["high"]], ends)
 
 
 def test_refusals(planted):

@@ -6,7 +6,7 @@ pytest.importorskip("sae_lens")
 
 import numpy as np
 import torch
-from tiny_models import ALL_MODELS
+from tiny_models import ALL_MODELS, foretold
 from tiny_saes import TRANSCODERS, tiny_sae
 
 from tl_modules.ablator import Ablator
@@ -23,11 +23,12 @@ CODE = ["x = [1, 2]", "def f(x): pass", "for i in y:", "return 3"]
 def test_features_are_pruned_like_any_unit(name, model_name):
     model, sae = ALL_MODELS[model_name](), tiny_sae(name)
     basis = FeatureBasis(sae)
-    found = separate(model, WORDS, CODE, basis=basis, fraction=0.1, n_steps=3, n_random=1, progress=False)
+    words, code = ([*own, foretold(model)] for own in (WORDS, CODE))
+    found = separate(model, words, code, basis=basis, fraction=0.1, n_steps=3, n_random=1, progress=False)
     assert found.steps["n_pruned"].tolist() == [0, 4, 8, 12]
     assert not (found.masks[:-1] & ~found.masks[1:]).any()
-    both = [importances(model, own, basis, kinds=["abs"], progress=False).of("abs") for own in (CODE, WORDS)]
-    values = values_by_hand(model, sae, WORDS)
+    both = [importances(model, own, basis, kinds=["abs"], progress=False).of("abs") for own in (code, words)]
+    values = values_by_hand(model, sae, words)
     np.testing.assert_allclose(both[1], np.abs(values).mean(0), atol=1e-5)
     eps = 1e-3 * np.median(both[1]) or 1e-3 * np.median(both[1][both[1] > 0])
     first = np.argsort(-(both[0] / (both[1] + eps)), kind="stable")[:4]
@@ -53,5 +54,6 @@ def test_features_beside_neurons():
     model = ALL_MODELS["bridge_llama"]()
     basis = FeatureBasis(tiny_sae()) + NeuronBasis([2])
     share = {"feature": 0.1, "neuron": 0.25}
-    found = separate(model, WORDS, CODE, basis=basis, fraction=share, n_steps=1, progress=False)
+    words, code = ([*own, foretold(model)] for own in (WORDS, CODE))
+    found = separate(model, words, code, basis=basis, fraction=share, n_steps=1, progress=False)
     assert found.pruned()["kind"].value_counts().to_dict() == {"feature": 4, "neuron": 6}

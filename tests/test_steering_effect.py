@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import torch
 from labelled import labelled
-from planted_causes import GROUP_NAMES, planted_causes
-from tiny_models import ALL_MODELS
+from planted_causes import GROUP_NAMES, massive_neuron, planted_causes
+from tiny_models import ALL_MODELS, has_hooked_transformer
 
 from tl_modules._checks import InputError
 from tl_modules.bases import NeuronBasis
@@ -72,6 +72,98 @@ class TestPlanted:
             # Filler comes before what is foretold: factors find nothing to multiply there.
             assert cost["none"] == 0 and cost[["x 0", "x 3"]].abs().max() < 0.05 < cost[SAMPLE_MEAN]
             assert "P(" in repr(found) and repr(found) in found._repr_html_()
+
+
+CONTROL_COLUMNS = [
+    *("control_topic_probability_median", "control_topic_share_median"),
+    *("control_loss_held_out_median", "p_rank_topic"),
+]
+
+
+@pytest.fixture(scope="module")
+def both(planted, modules):
+    """Without controls and with seven of them."""
+    prompts = [f"filler{i} {name}{i}" for name in GROUP_NAMES for i in range(2)]
+    how = {"scales": [3, SAMPLE_MEAN], "n_tokens": 8, "seed": 0, "progress": False}
+    return [steering_effect(planted.model, modules[0], prompts, n_controls=n, **how) for n in (0, 7)]
+
+
+class TestControls:
+    def test_a_planted_module_beats_random_units(self, both):
+        table = both[1].table.set_index("steering")
+        for way in ("x 3", SAMPLE_MEAN):
+            row = table.loc[way]
+            assert row["p_rank_topic"] == 1 / 8
+            assert row["topic_probability"] > row["control_topic_probability_median"] + 0.1
+            assert row["topic_share"] > row["control_topic_share_median"]
+        assert table.loc["none", "p_rank_topic"] == 1
+        assert table.loc["none", "control_loss_held_out_median"] == 0
+
+    def test_the_modules_own_columns_are_as_without(self, both):
+        bare, beside = (found.table for found in both)
+        assert beside.columns.tolist() == [*bare.columns, *CONTROL_COLUMNS]
+        pd.testing.assert_frame_equal(beside[bare.columns], bare)
+        own = both[1].texts[both[1].texts["set"] == "module"].reset_index(drop=True)
+        pd.testing.assert_frame_equal(own, both[0].texts)
+
+    def test_medians_and_ranks_are_of_the_texts(self, both):
+        means = both[1].texts.groupby(["steering", "set"])["topic_probability"].mean()
+        assert set(means["none"].index) == {"module"} and len(means["x 3"]) == 8
+        table = both[1].table.set_index("steering")
+        for way in ("x 3", SAMPLE_MEAN):
+            controls = means[way].drop("module")
+            assert table.loc[way, CONTROL_COLUMNS[0]] == pytest.approx(controls.median())
+            reached = (controls >= means[way]["module"]).sum()
+            assert table.loc[way, "p_rank_topic"] == (1 + reached) / 8
+
+
+if has_hooked_transformer():
+
+    def test_controls_are_steered_as_the_module_is(monkeypatch):
+        """As many random neurons of each layer, and the massive neuron only where the module has it."""
+        planted = planted_causes(massive=True)
+        units = NeuronBasis().units(planted.model)
+        massive = massive_neuron(planted.unit_groups)
+        steered = []
+
+        def noted(model, chosen, **how):
+            steered.append((chosen, how))
+            return steer(model, chosen, **how)
+
+        monkeypatch.setattr("tl_modules.causes.steering.steer", noted)
+        for held in (False, True):
+            steered.clear()
+            labels = np.where(planted.unit_groups == 0, 1, 0)
+            labels[massive] = held
+            module = labelled(planted.model, NeuronBasis(), labels)[1]
+            how = {"known": planted.prompts, "topic": "ash", "n_tokens": 2, "n_controls": 4}
+            how |= {"scales": [2], "held_out": planted.prompts.head(8), "progress": False}
+            found = steering_effect(planted.model, module, ["ash1 ash2"], **how)
+            (own, way), *controls = steered
+            assert own is module and all(one[1] == way for one in controls) and way["scale"] == 2
+            assert found.texts["set"].tolist() == 2 * ["module"] + [f"control {i}" for i in (1, 2, 3, 4)]
+            profile = units[labels == 1].groupby("layer").size()
+            others = [chosen for chosen, _ in controls]
+            for chosen in others:
+                assert chosen.groupby("layer").size().equals(profile)
+                assert set(chosen.index) & set(np.flatnonzero(labels)) == ({massive} if held else set())
+                assert (massive in chosen.index) == held
+            assert len({tuple(chosen["label"]) for chosen in others}) == 4
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_prompts_are_read_as_asked(name):
+    model = ALL_MODELS[name]()
+    module = labelled(model, NeuronBasis(), np.arange(72) % 3)[1]
+    how = {"scales": [2], "n_tokens": 3, "known": KNOWN, "topic": "sums", "progress": False}
+    found = steering_effect(model, module, PROMPTS, max_length=2, prepend_bos=False, **how)
+    held = Passages(model, PROMPTS, max_length=2, prepend_bos=False)
+    cut = steering_effect(model, module, held.token_lists(), **how)
+    pd.testing.assert_frame_equal(found.texts, cut.texts)
+    with steer(model, module, scale=2.0):
+        steered = held.scores(model).mean_loss()
+    change = float((steered - held.scores(model).mean_loss()).mean())
+    assert found.table["loss_held_out_change"].iloc[1] == pytest.approx(change, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ALL_MODELS)
@@ -160,6 +252,9 @@ def test_the_own_topic_is_that_above_its_base_rate(planted, modules):
         ({"topic": None}, "topic: got None"),
         ({"topic": "poems"}, "topic: got 'poems'"),
         ({"basis": "heads"}, "units"),
+        ({"n_controls": -1}, "n_controls: got -1"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"max_lenght": 3}, "reading: got 'max_lenght'.*max_length"),
     ],
 )
 def test_refusals(model, changed, message):

@@ -7,6 +7,7 @@ holds the bridges only, so that tests choose their parameters from it instead of
 from __future__ import annotations
 
 import contextlib
+import string
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -227,6 +228,16 @@ def bridge_neox() -> Any:
     settings.pop("num_key_value_heads")
     settings.pop("head_dim")
     return _bridge("tiny-neox", GPTNeoXConfig(architectures=["GPTNeoXForCausalLM"], **settings))
+
+
+def foretold(model: Any) -> str:
+    """Two letters, the second of which the model foretells; of other texts a random model foretells none."""
+    for letter in string.ascii_letters:
+        with torch.no_grad():
+            after = model.tokenizer.decode(model(model.to_tokens(letter))[0, -1].argmax())
+        if after and after in string.ascii_letters:
+            return letter + after
+    raise AssertionError("no letter comes after a letter")
 
 
 def has_hooked_transformer() -> bool:

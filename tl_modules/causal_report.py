@@ -82,11 +82,11 @@ class CausalTest:
 
         Example:
             >>> CausalTest(n_controls=20, n_doses=3).n_passes(10)
-            278
+            277
         """
         ablations = n_modules * (1 + len(check_controls(self.controls)) * self.n_controls)
         doses = min(self.n_doses, n_modules) * (1 + len(FRACTIONS) + N_RANDOM_ORDERS * (len(FRACTIONS) - 1))
-        return 2 + ablations + doses
+        return 1 + ablations + doses
 
     def run(self, model: Any, modules: Modules, prompts: DrawnPrompts, basis: str | Basis) -> Findings:
         """Test all modules, then draw the curves.

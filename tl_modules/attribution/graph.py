@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,10 @@ from tl_modules.host import describe
 from tl_modules.modules import Modules
 
 METHOD = "transcoder graph"
+N_SHOWN = 10
+"""Rows of the table of nodes that a notebook shows."""
+LONGEST = 40
+"""Characters of the prompt that the graph's one line shows."""
 
 
 class EdgeSplit(NamedTuple):
@@ -30,7 +35,7 @@ class EdgeSplit(NamedTuple):
     bypass: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LocalGraph:
     """An attribution graph; made by `local_graph`.
 
@@ -52,11 +57,11 @@ class LocalGraph:
     """The targets' values: pre-activations, and logits minus their mean over the vocabulary, before any
     soft-cap."""
     prompt: str
-    frozen: FrozenPrompt = field(repr=False)
+    frozen: FrozenPrompt
     """The prompt's frozen model."""
-    aims: dict[int, Aim] = field(repr=False)
+    aims: dict[int, Aim]
     """Of the rows of the table of nodes that are targets."""
-    writes: dict[int, Write] = field(repr=False)
+    writes: dict[int, Write]
     """Of the rows that are sources."""
 
     @property
@@ -245,9 +250,29 @@ class LocalGraph:
         """The prompt's tokens as text, or as numbers where the model has no tokenizer."""
         return token_texts(self.frozen.model, self.frozen.tokens)
 
+    def __repr__(self) -> str:
+        cut = self.prompt if len(self.prompt) <= LONGEST else self.prompt[: LONGEST - 1] + "…"
+        of = f" of {cut!r}" if cut else ""
+        return f"LocalGraph({_counts(self.nodes)}, {int((self.adjacency != 0).sum()):,} edges{of})"
+
+    def _repr_html_(self) -> str:
+        table = self.nodes.head(N_SHOWN).to_html(float_format=lambda value: f"{value:.3g}")
+        return f"<p><strong>{escape(repr(self))}</strong></p>{table}"
+
     def _numbered(self) -> LocalGraph:
         """The same graph with a column `row` in `nodes`, which survives pruning."""
         return replace(self, nodes=self.nodes.assign(row=range(len(self.nodes))))
+
+
+def _counts(nodes: pd.DataFrame) -> str:
+    """How many nodes of each kind there are.
+
+    Example:
+        >>> _counts(pd.DataFrame({"kind": ["feature", "feature", "error", "logit"]}))
+        '2 features, 1 error, 1 logit'
+    """
+    counts = nodes["kind"].value_counts(sort=False)
+    return ", ".join(f"{n:,} {kind}{'' if n == 1 else 's'}" for kind, n in counts.items())
 
 
 def _check_row(argument: str, row: int, known: Mapping[int, object]) -> None:

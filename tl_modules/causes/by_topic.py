@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from tl_modules._checks import check_choice, check_integer, nearest, refuse
+from tl_modules._checks import check_integer, nearest, refuse
 from tl_modules._chosen import mask_of
 from tl_modules.ablator import Ablator, UnitMask
 from tl_modules.bases import HeadBasis, NeuronBasis, as_basis
 from tl_modules.causes.controls import check_controls
 from tl_modules.causes.enrichment import own_category
 from tl_modules.causes.judged import Selectivity
-from tl_modules.causes.passages import Passages
+from tl_modules.causes.passages import Passages, read_passages
 from tl_modules.causes.statistics import N_BOOTSTRAP
 from tl_modules.causes.trial import Trial
 from tl_modules.causes.verdicts import Judge
@@ -24,8 +24,6 @@ from tl_modules.module import Module
 from tl_modules.modules import Modules
 from tl_modules.sites import Basis, Site
 from tl_modules.unit_values import start_token
-
-_READING = ("continuations", "chat", "max_length", "batch_tokens", "prepend_bos")
 
 
 def selectivity(
@@ -52,9 +50,9 @@ def selectivity(
     judged once more with them, against the same controls with the same massive units.
 
     A module is `selective` if its excess on its own topic is above that on every other (intersection-union
-    test by bootstrap over prompts, Benjamini-Hochberg over modules), and `causal` if besides at most 5 % of
-    the random sets do as much to its topic. Ranks among n controls give no p below 1 / (n + 1), and nothing
-    finer is made up: `Selectivity.note` says what that allows.
+    test by bootstrap over prompts and controls, Benjamini-Hochberg over modules), and `causal` if besides at
+    most 5 % of the random sets do as much to its topic. Ranks among n controls give no p below 1 / (n + 1),
+    and nothing finer is made up: `Selectivity.note` says what that allows.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -97,10 +95,8 @@ def selectivity(
     kinds = check_controls(controls)
     n_bootstrap = check_integer("n_bootstrap", reading.pop("n_bootstrap", N_BOOTSTRAP), least=1)
     positions = reading.pop("positions", None)
-    for name in reading:
-        check_choice("reading", name, _READING)
     basis = _basis_of(modules, basis)
-    passages = _passages(model, prompts, start_token(basis), reading)
+    passages = read_passages(model, prompts, reading, prepend_bos=start_token(basis))
     judge = _judge(passages, labels, n_bootstrap, random_state)
     sets = _named_sets(modules)
     own, source = _own_topics(modules, list(sets), judge.categories, topics)
@@ -139,16 +135,6 @@ def _with_massive_columns(verdicts: pd.DataFrame, again: pd.DataFrame) -> pd.Dat
     keys = ["module", "topic", "control"]
     columns = {"category": "topic", "effect": "effect_with_massive", "excess": "excess_with_massive"}
     return verdicts.merge(again.rename(columns=columns)[[*keys, *list(columns.values())[1:]]], "left", keys)
-
-
-def _passages(model: Any, prompts: Any, prepend_bos: bool | None, reading: dict[str, Any]) -> Passages:
-    if not isinstance(prompts, Passages):
-        return Passages(model, prompts, **({"prepend_bos": prepend_bos} | reading))
-    if reading:
-        refuse(
-            "prompts", got=f"Passages and {next(iter(reading))}", want="options only where Passages are made"
-        )
-    return prompts
 
 
 def _judge(passages: Passages, labels: Sequence[str] | None, n_bootstrap: int, random_state: int) -> Judge:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,14 +15,16 @@ from tqdm.auto import tqdm
 from tl_modules._checks import check_choice, check_integer, refuse
 from tl_modules._group_labels import group_numbers
 from tl_modules.ablator import Ablator
+from tl_modules.causes.massive import unit_activity
 from tl_modules.causes.order import ordered_units
-from tl_modules.causes.passages import Passages
+from tl_modules.causes.passages import READING, Passages, read_passages
 from tl_modules.module import Module
 from tl_modules.sites import Basis
 from tl_modules.unit_values import start_token
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ALL = "all prompts"
+_OWN_OPTIONS = ("positions", "spare_massive")
 
 
 class Core(NamedTuple):
@@ -40,6 +42,10 @@ class Core(NamedTuple):
     """Where the straight line from the measured fraction before crosses the share: a guess in between."""
 
 
+def _none_massive() -> pd.DataFrame:
+    return pd.DataFrame(columns=["label", "layer", "kind", "peak", "ratio", "share", "prompt", "position"])
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Dose:
     """Effects of growing fractions of a set of units; made by `dose`.
@@ -52,6 +58,8 @@ class Dose:
         name: the module's name, or "".
         order: how the units were ordered.
         method: how they were ablated.
+        massive: the set's massive units, which were spared; empty if none was, or was asked to be. Columns
+            label, layer, kind, peak, ratio, share, prompt and position.
     """
 
     table: pd.DataFrame
@@ -61,6 +69,7 @@ class Dose:
     name: str
     order: str
     method: str
+    massive: pd.DataFrame = field(default_factory=_none_massive)
 
     def core(self, share: float | int = 0.8, category: Any = None) -> Core:
         """The smallest measured fraction whose effect reaches a share of the whole set's effect.
@@ -107,9 +116,9 @@ class Dose:
     def __repr__(self) -> str:
         full = self.table.loc[self.table["category"] == ALL, "effect"].iloc[-1]
         of = f" of {self.name!r}" if self.name else ""
-        return (
-            f"Dose({len(self.units)} units{of}, {self.method}, order: {self.order}, full effect {full:.3g})"
-        )
+        spared = f", {len(self.massive)} massive spared" if len(self.massive) else ""
+        how = f"{self.method}, order: {self.order}, full effect {full:.3g}"
+        return f"Dose({len(self.units)} units{of}{spared}, {how})"
 
     def _repr_html_(self) -> str:
         table = self.table.to_html(index=False, float_format=lambda value: f"{value:.3g}")
@@ -130,13 +139,15 @@ def dose(
     n_random: int = 5,
     random_state: int = 0,
     progress: bool = True,
+    **reading: Any,
 ) -> Dose:
     """Ablate growing fractions of a module or any set of units and measure the loss.
 
     A part can do more than the whole: an order by attribution leaves to the last what helps when it goes, and
     it is chosen on the very prompts that are measured.
 
-    Takes 1 + len(fractions) + n_random x (len(fractions) - 1) runs of the prompts.
+    Takes 1 + len(fractions) + n_random x (len(fractions) - 1) runs of the prompts, and one more to find
+    massive units where these are spared.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -147,7 +158,7 @@ def dose(
         order: which units go first: "membership", those that belong to the module most firmly (margins of
             `Modules.membership`); "attribution", those whose removal should raise the loss most (minus input
             x gradient of the loss on these very prompts, summed over prompts); "random"; or a number for each
-            unit, in the order of the basis' units table, the largest first.
+            unit of the set, in the order of the basis' units table, the largest first.
         fractions: of the set's units, above 0 and at most 1, rounded to whole units, at least one; 1 is
             always among them.
         method: "zero", "mean" or "resample"; see `ablate`.
@@ -156,6 +167,10 @@ def dose(
         n_random: how many random orders of the same units are run beside, as a control of the order.
         random_state: of "random", the random orders and "resample".
         progress: show a progress bar over the runs.
+        **reading: how prompts are read: continuations, chat, max_length, batch_tokens, prepend_bos as for
+            `Passages`; positions, where units are taken out, as for `ablate`; and spare_massive: True leaves
+            massive units (see `unit_activity`), a handful that wreck every topic, in the model and out of
+            the set before fractions are cut.
 
     Returns:
         A `Dose`. Columns of its table: category ("all prompts" first), fraction, n_units, n_prompts, effect
@@ -174,21 +189,30 @@ def dose(
         tl_modules._checks.InputError: model: got a str, expected a HookedTransformer or...
     """
     check_integer("n_random", n_random, least=0)
-    shares = np.asarray(fractions)
-    if shares.ndim != 1 or not shares.size or shares.dtype.kind not in "iuf" or not _are_shares(shares):
-        refuse("fractions", got=fractions, want="a list of shares above 0 and at most 1")
+    _check_fractions(fractions)
+    for option in reading:
+        check_choice("reading", option, (*READING, *_OWN_OPTIONS))
+    positions, spare = (reading.pop(option, None) for option in _OWN_OPTIONS)
+    passages = read_passages(model, prompts, reading, prepend_bos=start_token(basis))
+    if reading:
+        _check_order(order, reading)
+        prompts = passages.token_lists()
+    chat = reading.get("chat")
     if reference is None and method != "zero":
         if isinstance(prompts, Passages):
             refuse("reference", got="None", want="prompts, means or samples, since prompts are Passages")
-        reference = prompts
-    how: dict[str, Any] = {"method": method, "reference": reference, "progress": progress}
-    ablator = Ablator(model, basis, random_state=random_state, **how)
+        # Where they were read in a way of their own, their tokens: these are in the chat template already.
+        reference, chat = prompts, None
+    how: dict[str, Any] = {"method": method, "reference": reference, "positions": positions}
+    how |= {"chat": chat, "random_state": random_state, "progress": progress}
+    ablator = Ablator(model, basis, **how)
     own = np.flatnonzero(ablator.mask(units))
-    passages = (
-        prompts if isinstance(prompts, Passages) else Passages(model, prompts, prepend_bos=start_token(basis))
-    )
     category = _categories(labels, passages)
     first = ordered_units(ablator, units, own, order, prompts=prompts, random_state=random_state)
+    massive = _massive_of(own, ablator, passages, progress) if spare else _none_massive()
+    first, own = (part[~np.isin(part, massive.index)] for part in (first, own))
+    if not len(own):
+        refuse("units", got="massive units only", want="others", cure="Use spare_massive=False.")
     sizes = sorted({max(round(one * len(own)), 1) for one in (*fractions, 1.0)})
     rng = np.random.default_rng([random_state, 1])
     others = [rng.permutation(own) for _ in range(n_random)]
@@ -202,7 +226,28 @@ def dose(
     name = units.name if isinstance(units, Module) else ""
     rows, kind = ablator.units.iloc[first], order if isinstance(order, str) else "given scores"
     categories = None if category is None else [category[0][i] for i in category[1]]
-    return Dose(table, rows, ordered[:, 0], categories, name, kind, method)
+    return Dose(table, rows, ordered[:, 0], categories, name, kind, method, massive)
+
+
+def _check_fractions(fractions: Sequence[float | int]) -> None:
+    shares = np.asarray(fractions)
+    if shares.ndim != 1 or not shares.size or shares.dtype.kind not in "iuf" or not _are_shares(shares):
+        refuse("fractions", got=fractions, want="a list of shares above 0 and at most 1")
+
+
+def _check_order(order: Any, reading: dict[str, Any]) -> None:
+    """Attribution is of the loss on plain text."""
+    for option in ("continuations", "chat"):
+        if isinstance(order, str) and order == "attribution" and reading.get(option):
+            refuse("order", got=f"'attribution' with {option}", want="plain prompts, or scores")
+
+
+def _massive_of(
+    own: Int[np.ndarray, " chosen"], ablator: Ablator, passages: Passages, progress: bool
+) -> pd.DataFrame:
+    """The massive ones of some units, by their place in the units table."""
+    found = unit_activity(ablator.model, ablator.sites, passages, progress=progress).massive()
+    return found[found.index.isin(own)]
 
 
 def _categories(labels: Any, passages: Passages) -> tuple[tuple[str, ...], Int[np.ndarray, " prompt"]] | None:

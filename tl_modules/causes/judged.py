@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,9 @@ class Selectivity:
     """One row a module, category and kind of control.
 
     Columns module, category, control, effect (mean over the category's prompts), accuracy (change in top-1
-    accuracy), control_median, excess (effect minus that), low and high (95 % by bootstrap over prompts), z
-    (in robust deviations of the controls), p_rank (exact, see `note`), q (of p_rank over this control's
-    rows, Benjamini-Hochberg) and n_prompts.
+    accuracy), control_median, excess (effect minus that), low and high (95 % by bootstrap over prompts and
+    over the controls, which might have been others), z (in robust deviations of the controls), p_rank (exact,
+    see `note`), q (of p_rank over this control's rows, Benjamini-Hochberg) and n_prompts.
     """
     module_table: pd.DataFrame
     """One row a module and kind of control.
@@ -54,11 +56,11 @@ class Selectivity:
     chose their topics likewise), index (selectivity index of the
     excess), the own topic's effect, control_median, excess, low, high, z and p_rank; p_selective and
     q_selective (that its excess is above that of every other category, never below 1 / C(n + m, n) with n and
-    m prompts; q over the modules), p_raw and q_raw
-    (the same of the effect itself), selective (q_selective at most 0.05), causal (that, and p_rank at most
-    0.05), n_units, overlap (share of the controls' units that are the module's own), massive (how many of
-    its units are), effect_with_massive and excess_with_massive (against the same controls with the same
-    massive units; only where there are any).
+    m prompts; q over the modules), p_raw and q_raw (the same of the effect itself), q_rank (of p_rank over
+    the modules, Benjamini-Hochberg), selective (q_selective at most 0.05), causal (that, and p_rank at most
+    0.05, which is not corrected for the number of modules, as q_rank is), n_units, overlap (share of the
+    controls' units that are the module's own), massive (how many of its units are), effect_with_massive and
+    excess_with_massive (against the same controls with the same massive units; only where there are any).
     """
     with_massive: pd.DataFrame
     """As `table`, for the modules that hold massive units, with these and against controls with the same."""
@@ -108,13 +110,11 @@ class Selectivity:
         """What the number of controls allows to say."""
         floor = 1 / (1 + self.n_controls)
         told = f"With {self.n_controls} controls p_rank cannot be below {floor:.3g}"
+        if floor > 0.05:
+            return f"{told}, so no q can be 0.05 and no module is called causal."
         n_rows = int((self.table["control"] == self.controls[0]).sum())
-        least = (
-            f": for q of at most 0.05, {int(np.ceil(n_rows * floor / 0.05))} of {n_rows} cells must be there"
-        )
-        return (
-            told + (least if floor <= 0.05 else ", so no q can be 0.05 and no module is called causal") + "."
-        )
+        cells, modules = (f"{_least(n, self.n_controls)} of {n}" for n in (n_rows, len(self.modules)))
+        return f"{told}: for q of at most 0.05, {cells} cells must be there, for q_rank {modules} modules."
 
     def summary(self) -> pd.DataFrame:
         """One row a kind of control: modules, shares that are selective and causal, medians of the own topic.
@@ -193,3 +193,8 @@ class Selectivity:
         shown = ["module", "topic", "index", "effect", "excess", "z", "p_rank", "q_selective", "causal"]
         table = self.modules[shown].to_html(index=False, float_format=lambda value: f"{value:.3g}")
         return f"<p><strong>{self!r}</strong></p><p>{self.note}</p>{table}"
+
+
+def _least(n: int, n_controls: int) -> int:
+    """How many of n tests must have the smallest possible p_rank for these to have a q of at most 0.05."""
+    return math.ceil(Fraction(20 * n, 1 + n_controls))

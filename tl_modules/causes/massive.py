@@ -6,6 +6,8 @@ residual stream; here it is the units that write it, or erase it again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from tqdm.auto import tqdm
 from tl_modules._checks import UnsupportedModelError
 from tl_modules.bases import HeadSite
 from tl_modules.batches import Batch
-from tl_modules.causes.passages import Passages
+from tl_modules.causes.passages import Passages, TokenScores
 from tl_modules.host import forward, hooked
 from tl_modules.sites import Site, units_of
 
@@ -85,21 +87,36 @@ def unit_activity(
         passages: the prompts.
         progress: show a progress bar over the batches.
     """
-    tally = _Tally(sites, passages)
-    for members, batch in tqdm(
-        passages.batches(), desc="unit sizes", total=passages.n_batches, disable=not progress
-    ):
-        with hooked(model, tally.hooks(batch)) as counter:
-            forward(model, batch.tokens, batch.real)
-            counter.check(1)
-        tally.add(members, batch)
+    tally = _Tally(model, sites, passages)
+    with tally.counting(progress):
+        for members, batch in passages.batches():
+            with tally.watch(members, batch):
+                forward(model, batch.tokens, batch.real)
     return tally.result()
+
+
+def activity_and_scores(
+    model: Any, sites: list[Site], passages: Passages, *, progress: bool = True
+) -> tuple[UnitActivity, TokenScores]:
+    """`unit_activity` and the scores of the prompts, in one pass of the model.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        sites: whose units.
+        passages: the prompts.
+        progress: show a progress bar over the batches.
+    """
+    tally = _Tally(model, sites, passages)
+    with tally.counting(progress):
+        scores = passages.scores(model, watch=tally.watch)
+    return tally.result(), scores
 
 
 class _Tally:
     """Running sums and peaks of each site."""
 
-    def __init__(self, sites: list[Site], passages: Passages) -> None:
+    def __init__(self, model: Any, sites: list[Site], passages: Passages) -> None:
+        self.model, self.passages, self.bar = model, passages, tqdm(disable=True)
         self.sites, self.n_targets = sites, int(passages.n_targets.sum())
         self.norms = [_write_norms(site) for site in sites]
         sizes = [site.n_units for site in sites]
@@ -110,6 +127,22 @@ class _Tally:
         self.prompt, self.position = np.zeros(n_units, np.int64), np.zeros(n_units, np.int64)
         self.seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.residual: dict[int, Tensor] = {}
+
+    @contextmanager
+    def counting(self, progress: bool) -> Iterator[None]:
+        """The bar over the batches."""
+        total = self.passages.n_batches
+        with tqdm(total=total, desc="unit sizes", disable=not progress) as self.bar:
+            yield
+
+    @contextmanager
+    def watch(self, members: list[int], batch: Batch) -> Iterator[None]:
+        """Around the forward pass of a batch: take in what there is to see."""
+        with hooked(self.model, self.hooks(batch)) as counter:
+            yield
+            counter.check(1)
+        self.add(members, batch)
+        self.bar.update()
 
     def hooks(self, batch: Batch) -> dict[str, Any]:
         """What reads one batch: all sites, and the residual stream after their layers."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_modules._checks import InputError, check_integer, refuse
+from tl_modules._checks import InputError, check_choice, check_integer, refuse
 from tl_modules.batches import Batch, Sequences, assemble, plan
-from tl_modules.host import describe, logits_of, tokenizer_of
+from tl_modules.host import describe, kind_of, logits_of, tokenizer_of
 from tl_modules.prompts import read_prompts
 from tl_modules.tokens import TokenizedPrompts, TokenSettings, tokenize
 
 BATCH_TOKENS = 1024
+READING = ("continuations", "chat", "max_length", "batch_tokens", "prepend_bos")
+"""Options of how `Passages` are read."""
+Watch = Callable[[list[int], Batch], AbstractContextManager[object]]
+"""Gets the prompts of a batch and the batch, and is around its forward pass."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,10 @@ class TokenScores:
         total = np.bincount(prompt, values[counted], minlength=self.n_prompts)
         n_targets = np.bincount(prompt, minlength=self.n_prompts)
         return np.divide(total, n_targets, out=np.full(self.n_prompts, np.nan), where=n_targets > 0)
+
+
+def _unwatched(_members: list[int], _batch: Batch) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class Passages:
@@ -128,22 +137,48 @@ class Passages:
         for members in self._plan:
             yield members, assemble(self._sequences, members, 0)
 
-    def scores(self, model: Any) -> TokenScores:
+    def scores(self, model: Any, *, watch: Watch = _unwatched) -> TokenScores:
         """Run all prompts through the model as it is now, hooks included.
 
         Args:
             model: the one that the prompts were read for.
+            watch: what is around the forward pass of each batch, to read activations meanwhile.
         """
         loss = np.empty(self._first[-1], dtype=np.float64)
         rank = np.empty(self._first[-1], dtype=np.int64)
         for members, batch in self.batches():
-            with torch.no_grad():
+            with torch.no_grad(), watch(members, batch):
                 logits = logits_of(model, batch.tokens, batch.real)
             for row, prompt in enumerate(members):
                 own = slice(self._first[prompt], self._first[prompt + 1])
                 loss[own], rank[own] = _scored(logits[row], batch.tokens[row], batch.counted[row])
         of_prompt = np.repeat(np.arange(len(self)), self.n_targets)
         return TokenScores(of_prompt, self.token_ids(), loss, rank, len(self))
+
+
+def read_passages(
+    model: Any, prompts: Any, reading: Mapping[str, Any], *, prepend_bos: bool | None
+) -> Passages:
+    """Prompts as `Passages`, which may be these already.
+
+    Args:
+        model: as for `Passages`.
+        prompts: as for `Passages`, or these.
+        reading: options of `READING`.
+        prepend_bos: where `reading` does not say.
+
+    Raises:
+        InputError: another model or option, or `Passages` together with options of how to read prompts.
+    """
+    kind_of(model)
+    for name in reading:
+        check_choice("reading", name, READING)
+    if not isinstance(prompts, Passages):
+        return Passages(model, prompts, **({"prepend_bos": prepend_bos} | dict(reading)))
+    if reading:
+        got = f"Passages and {next(iter(reading))}"
+        refuse("prompts", got=got, want="options only where Passages are made")
+    return prompts
 
 
 def _scored(

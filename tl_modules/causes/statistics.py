@@ -36,11 +36,13 @@ class Cellwise:
     """Effect minus the median of the controls."""
     low: Cells
     high: Cells
+    """With `low` the interval of the excess, by bootstrap over prompts and controls."""
     z: Cells
     p_rank: Cells
     effects: Resampled
     """The effect in each bootstrap sample of prompts."""
     excesses: Resampled
+    """The excess in each bootstrap sample of prompts and controls."""
     n_prompts: Int[np.ndarray, " category"]
 
 
@@ -53,12 +55,14 @@ def cellwise(
     n_bootstrap: int = N_BOOTSTRAP,
     rng: np.random.Generator,
 ) -> Cellwise:
-    """Effects on each category beyond the controls, with intervals by bootstrap over its prompts.
+    """Effects on each category beyond the controls, with intervals by bootstrap over prompts and controls.
 
     A bootstrap sample has the same prompts for module and controls, so what makes a prompt easy or hard for
-    both cancels. `z` counts robust deviations of the controls from their median (1.4826 times the median
-    absolute deviation; nan where that is 0). `p_rank` is (1 + controls with at least the effect) / (1 +
-    controls): exact, and never below 1 / (1 + controls).
+    both cancels. It draws the controls with replacement as well, the same ones for all categories: other
+    random sets would have had another median, and `low` and `high` allow for that. `z` counts robust
+    deviations of the controls from their median (1.4826 times the median absolute deviation; nan where that
+    is 0). `p_rank` is (1 + controls with at least the effect) / (1 + controls): exact, and never below
+    1 / (1 + controls).
 
     Args:
         effects: of the modules.
@@ -70,6 +74,7 @@ def cellwise(
     """
     effect, control = category_means(effects, categories, n_categories), []
     boots: list[tuple[np.ndarray, np.ndarray]] = []
+    drawn = rng.integers(controls.shape[1], size=(n_bootstrap, 1, controls.shape[1]))
     for category in range(n_categories):
         own = categories == category
         weights = _weights(int(own.sum()), n_bootstrap, rng)
@@ -77,7 +82,8 @@ def cellwise(
         control.append(sets.mean(-1))
         boot = np.einsum("bp,mp->bm", weights, effects[:, own])
         boot_controls = np.einsum("bp,mcp->bmc", weights, sets, optimize=True)
-        boots.append((boot, boot - np.median(boot_controls, axis=-1)))
+        redrawn = np.take_along_axis(boot_controls, drawn, axis=-1)
+        boots.append((boot, boot - np.median(redrawn, axis=-1)))
     by_control = np.stack(control, axis=1)
     median = np.median(by_control, axis=-1)
     resampled, excesses = (np.stack(part, axis=-1) for part in zip(*boots, strict=True))

@@ -13,9 +13,13 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from tl_modules._checks import check_choice, check_integer, refuse
+from tl_modules._chosen import mask_of
 from tl_modules.bases import as_basis
+from tl_modules.causes.controls import draw_controls, strata_of
 from tl_modules.causes.generation import check_room, continued, loss_of_written
+from tl_modules.causes.massive import unit_activity
 from tl_modules.causes.passages import Passages
+from tl_modules.causes.statistics import rank_p
 from tl_modules.causes.topics import (
     TopicClassifier,
     known_texts,
@@ -29,11 +33,14 @@ from tl_modules.module import Module
 from tl_modules.prompts import read_prompts
 from tl_modules.sites import Basis
 from tl_modules.tokens import TokenSettings, tokenize
-from tl_modules.unit_values import start_token
+from tl_modules.unit_values import UnitMeans, start_token
 
 SAMPLE_MEAN = "sample mean"
+MODULE = "module"
+"""The name of the set that is no control."""
 Scale = float | int | str
 SCALES: tuple[Scale, ...] = (1.5, 2.0, SAMPLE_MEAN)
+_READING = ("chat", "max_length", "prepend_bos")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,7 +49,7 @@ class SteeringEffect:
 
     Args:
         table: a row a setting; `steering_effect` says what its columns are.
-        texts: a row a setting and prompt.
+        texts: a row a setting, set of units and prompt.
         topic: the module's own topic.
         name: the module's name.
         classifier_accuracy: the classifier's share right on the known texts, by cross-validation.
@@ -76,9 +83,10 @@ def steering_effect(
     known: pd.DataFrame | None = None,
     topic: str | None = None,
     held_out: Any = None,
-    chat: bool | str | None = None,
+    n_controls: int = 0,
     basis: str | Basis = "neurons",
     progress: bool = True,
+    **reading: Any,
 ) -> SteeringEffect:
     """Let a model write with a module steered, and say where the topic goes and what it costs.
 
@@ -86,7 +94,7 @@ def steering_effect(
     `Modules.predict` puts it in; by a classifier that sees only its words (TF-IDF and logistic regression);
     and by its loss. The first two can be wrong on so short a text: compare with the row "none". A
     model whose module is turned up too far writes digits and marks, which a classifier of words may take for
-    mathematics or code: read the topic beside the loss.
+    mathematics or code: read the topic beside the loss, and beside random units turned up as far.
 
     Args:
         model: the HookedTransformer or TransformerBridge that the modules were found in, with a tokenizer.
@@ -96,14 +104,17 @@ def steering_effect(
             module's own samples, run as plain text. A row without steering comes first.
         n_tokens: how many tokens to write; an end token does not end it.
         seed: None writes the most likely tokens; a number draws them at temperature 1, the same draws for
-            each scale.
+            each scale. It draws the controls as well (None as 0).
         known: texts and their category for the classifier; None: the samples that the modules were found in.
         topic: the category that the module stands for; None: the one that its samples have most above its
             share of all samples.
         held_out: prompts on whose tokens the loss under steering is measured; None: `prompts`.
-        chat: for `prompts` and `held_out`, as in `collect`.
+        n_controls: so many random sets of units are steered in the same ways, each of which takes as long as
+            the module does: as many units at each site (layer, kind, SAE), outside the module where there
+            are enough others, without massive units (see `unit_activity`) but those of the module.
         basis: what the modules' units are: "neurons", "heads" or a `Basis`.
-        progress: show a progress bar over the settings.
+        progress: show a progress bar over the settings of all sets.
+        **reading: how `prompts` and `held_out` are read: chat, max_length and prepend_bos, as for `Passages`.
 
     Returns:
         A `SteeringEffect`. Columns of its table, means over the prompts: steering ("none", "x 2", "sample
@@ -111,8 +122,11 @@ def steering_effect(
         module_score (mean z-score of the module's units over the text), topic_share (texts that the
         classifier gives this topic), topic_probability, loss_written (loss a token of the text for the model
         as it is), perplexity_written (e to that), loss_held_out_change (under steering, loss a token on the
-        held-out prompts less that without). Columns of `texts`: steering, prompt (its number), text, module,
-        module_score, topic, topic_probability, loss_written.
+        held-out prompts less that without). Where controls ran, also control_topic_probability_median,
+        control_topic_share_median, control_loss_held_out_median (of the change) and p_rank_topic: (1 +
+        controls with at least the topic_probability) / (1 + controls); in the row "none" controls are what
+        the module is, and this is 1. Columns of `texts`: steering, set ("module", "control 1", ...), prompt
+        (its number), text, module, module_score, topic, topic_probability, loss_written.
 
     Raises:
         InputError: a module, prompts or settings that cannot be used.
@@ -124,6 +138,10 @@ def steering_effect(
         tl_modules._checks.InputError: scales: got 'mean', expected one of 'sample mean'. Did you mean...
     """
     check_integer("n_tokens", n_tokens, least=1)
+    check_integer("n_controls", n_controls, least=0)
+    check_integer("seed", 0 if seed is None else seed, least=0)
+    for option in reading:
+        check_choice("reading", option, _READING)
     if not isinstance(module, Module):
         refuse("module", got=f"a {type(module).__name__}", want="a Module, such as modules[0]")
     settings = _settings(scales)
@@ -132,26 +150,46 @@ def steering_effect(
     check_choice("topic", topic, table["category"].unique())
     tokenizer_of(model)
     basis = as_basis(basis)
-    start = start_token(basis)
-    settings_of = TokenSettings(chat=chat, prepend_bos=start)
-    tokens = tokenize(model, read_prompts(prompts), settings_of).tokens
+    reading = {"prepend_bos": start_token(basis)} | reading
+    tokens = tokenize(model, read_prompts(prompts), TokenSettings(**reading)).tokens
     check_room(model, tokens, n_tokens)
-    scored = prompts if held_out is None else held_out
-    passages = Passages(model, scored, chat=chat, prepend_bos=start)
+    passages = Passages(model, prompts if held_out is None else held_out, **reading)
     classifier = topic_classifier(table["text"].tolist(), table["category"].tolist())
-    way = _Steered(model, module, basis, SAMPLE_MEAN in settings.values())
     clean = passages.scores(model).mean_loss()
-    rows, texts = [], []
-    for name, scale in tqdm(settings.items(), desc="steer", disable=not progress):
-        with way.at(scale):
-            written = continued(model, tokens, n_tokens, seed=seed)
-            held = passages.scores(model).mean_loss()
-        judged = _judged(model, module, basis, classifier, topic, tokens, written)
-        texts.append(judged.assign(steering=name)[["steering", *judged]])
-        rows.append({"steering": name, "scale": np.nan if scale == SAMPLE_MEAN else scale})
-        rows[-1] |= _means(judged, module, topic) | {"loss_held_out_change": float((held - clean).mean())}
-    whole = pd.concat(texts, ignore_index=True)
-    return SteeringEffect(pd.DataFrame(rows), whole, topic, module.name, classifier.accuracy)
+    means = _sample_means(model, module, basis) if SAMPLE_MEAN in settings else None
+    study = _Study(model, module, basis, topic, classifier, tokens, passages, clean, means, n_tokens, seed)
+    controls = study.controls(n_controls, progress) if n_controls else []
+    n_runs = len(settings) + n_controls * (len(settings) - 1)
+    runs: list[_Run] = []
+    with tqdm(total=n_runs, desc="steer", disable=not progress) as bar:
+        for name, scale in settings.items():
+            # Nothing steered is the same for any set.
+            for number, units in enumerate([module, *controls] if scale != 1 else [module]):
+                runs.append(study.run(name, scale, f"control {number}" if number else MODULE, units))
+                bar.update()
+    texts = pd.concat([run.texts for run in runs], ignore_index=True)
+    return SteeringEffect(_table(runs, n_controls), texts, topic, module.name, classifier.accuracy)
+
+
+def _table(runs: list[_Run], n_controls: int) -> pd.DataFrame:
+    """One row a setting: the module's, and how the controls did."""
+    rows = []
+    for own in (run for run in runs if run.set == MODULE):
+        others = [run.means for run in runs if run.steering == own.steering and run is not own]
+        rows.append({"steering": own.steering, "scale": own.scale} | own.means)
+        rows[-1] |= _beside(own.means, others or [own.means]) if n_controls else {}
+    return pd.DataFrame(rows)
+
+
+def _beside(own: dict[str, float], others: list[dict[str, float]]) -> dict[str, float]:
+    table = pd.DataFrame(others)
+    rank = rank_p(np.array([own["topic_probability"]]), table["topic_probability"].to_numpy()[None])
+    return {
+        "control_topic_probability_median": float(table["topic_probability"].median()),
+        "control_topic_share_median": float(table["topic_share"].median()),
+        "control_loss_held_out_median": float(table["loss_held_out_change"].median()),
+        "p_rank_topic": float(rank[0]),
+    }
 
 
 def _settings(scales: Sequence[Scale]) -> dict[str, Scale]:
@@ -171,58 +209,94 @@ def _settings(scales: Sequence[Scale]) -> dict[str, Scale]:
     return settings
 
 
-class _Steered:
-    """The module steered in one way or another; its means are taken only once."""
+def _sample_means(model: Any, module: Module, basis: Basis) -> UnitMeans:
+    """Means over the module's samples of all units at its sites."""
+    texts = module.samples["text"].tolist()
+    return reference_means(model, texts, module, basis=basis, progress=False)
 
-    def __init__(self, model: Any, module: Module, basis: Basis, needs_means: bool) -> None:
-        self._model, self._module, self._basis = model, module, basis
-        self._means = None
-        if needs_means:
-            texts = module.samples["text"].tolist()
-            self._means = reference_means(model, texts, module, basis=basis, progress=False)
 
-    def at(self, scale: Scale) -> AbstractContextManager[Any]:
-        if scale == SAMPLE_MEAN:
-            return steer(self._model, self._module, to_sample_mean_of=self._means, basis=self._basis)
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One set of units steered in one way."""
+
+    steering: str
+    scale: float
+    set: str
+    texts: pd.DataFrame
+    means: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Study:
+    """A module, the prompts, and what judges the texts."""
+
+    model: Any
+    module: Module
+    basis: Basis
+    topic: str
+    classifier: TopicClassifier
+    tokens: list[Int[np.ndarray, " _"]]
+    passages: Passages
+    clean_loss: Float[np.ndarray, " held_out"]
+    """Of the passages for the model as it is."""
+    sample_means: UnitMeans | None
+    n_tokens: int
+    seed: int | None
+
+    def controls(self, n_controls: int, progress: bool) -> list[pd.DataFrame]:
+        """Random units like the module's, set by set: as many at each site, the same massive ones."""
+        sites = self.basis.sites(self.model)
+        own = mask_of(self.module, sites, argument="module")
+        activity = unit_activity(self.model, sites, self.passages, progress=progress)
+        massive = activity.is_massive()
+        rng = np.random.default_rng([self.seed or 0, 4])
+        drawn = draw_controls(own, strata_of(activity, "layers"), massive, n_controls, rng)
+        return [activity.units[mask | (own & massive)] for mask in drawn.masks]
+
+    def run(self, name: str, scale: Scale, of: str, units: Any) -> _Run:
+        """Write with some units steered, and judge what was written."""
+        with self._steered(units, scale):
+            written = continued(self.model, self.tokens, self.n_tokens, seed=self.seed)
+            change = self.passages.scores(self.model).mean_loss() - self.clean_loss
+        judged = self._judged(written)
+        texts = judged.assign(steering=name, set=of)[["steering", "set", *judged]]
+        means = self._means(judged) | {"loss_held_out_change": float(change.mean())}
+        return _Run(name, np.nan if scale == SAMPLE_MEAN else float(scale), of, texts, means)
+
+    def _steered(self, units: Any, scale: Scale) -> AbstractContextManager[Any]:
         if scale == 1:
             return nullcontext()
-        return steer(self._model, self._module, scale=float(scale), basis=self._basis)
+        way: dict[str, Any] = {"scale": scale}
+        if scale == SAMPLE_MEAN:
+            way = {"to_sample_mean_of": self.sample_means}
+        return steer(self.model, units, **way, basis=self.basis)
 
+    def _judged(self, written: list[Int[np.ndarray, " _"]]) -> pd.DataFrame:
+        """One row a prompt, from the model as it is."""
+        tokenizer = tokenizer_of(self.model)
+        texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in written]
+        predicted, score = predicted_modules(self.model, self.module, written, self.basis)
+        probability: Float[np.ndarray, "text topic"] = self.classifier.probabilities(texts)
+        topics = self.classifier.topics
+        return pd.DataFrame(
+            {
+                "prompt": np.arange(len(texts)),
+                "text": texts,
+                "module": predicted,
+                "module_score": score,
+                "topic": np.array(topics, dtype=object)[probability.argmax(1)],
+                "topic_probability": probability[:, topics.index(self.topic)],
+                "loss_written": loss_of_written(self.model, self.tokens, written),
+            }
+        )
 
-def _judged(
-    model: Any,
-    module: Module,
-    basis: Basis,
-    classifier: TopicClassifier,
-    topic: str,
-    tokens: list[Int[np.ndarray, " _"]],
-    written: list[Int[np.ndarray, " _"]],
-) -> pd.DataFrame:
-    """One row a prompt, from the model as it is."""
-    tokenizer = tokenizer_of(model)
-    texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in written]
-    predicted, score = predicted_modules(model, module, written, basis)
-    probability: Float[np.ndarray, "text topic"] = classifier.probabilities(texts)
-    return pd.DataFrame(
-        {
-            "prompt": np.arange(len(texts)),
-            "text": texts,
-            "module": predicted,
-            "module_score": score,
-            "topic": np.array(classifier.topics, dtype=object)[probability.argmax(1)],
-            "topic_probability": probability[:, classifier.topics.index(topic)],
-            "loss_written": loss_of_written(model, tokens, written),
+    def _means(self, judged: pd.DataFrame) -> dict[str, float]:
+        loss = float(judged["loss_written"].mean())
+        return {
+            "module_share": float((judged["module"] == self.module.index).mean()),
+            "module_score": float(judged["module_score"].mean()),
+            "topic_share": float((judged["topic"] == self.topic).mean()),
+            "topic_probability": float(judged["topic_probability"].mean()),
+            "loss_written": loss,
+            "perplexity_written": float(np.exp(loss)),
         }
-    )
-
-
-def _means(judged: pd.DataFrame, module: Module, topic: str) -> dict[str, float]:
-    loss = float(judged["loss_written"].mean())
-    return {
-        "module_share": float((judged["module"] == module.index).mean()),
-        "module_score": float(judged["module_score"].mean()),
-        "topic_share": float((judged["topic"] == topic).mean()),
-        "topic_probability": float(judged["topic_probability"].mean()),
-        "loss_written": loss,
-        "perplexity_written": float(np.exp(loss)),
-    }

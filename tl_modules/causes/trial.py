@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from tl_modules.ablator import Ablator, UnitMask
 from tl_modules.causes.controls import Controls, draw_controls, strata_of
-from tl_modules.causes.massive import UnitActivity, unit_activity
-from tl_modules.causes.passages import Passages, TokenScores
+from tl_modules.causes.massive import activity_and_scores
+from tl_modules.causes.passages import Passages
 from tl_modules.causes.verdicts import Measured
 
 MOST_MASSIVE = 20
@@ -50,10 +50,10 @@ class Trial:
         self.ablator, self.passages, self.masks = ablator, passages, masks
         self.kinds, self.n_controls, self.random_state = kinds, n_controls, random_state
         self.progress = progress
-        self.activity: UnitActivity = unit_activity(ablator.model, ablator.sites, passages, progress=progress)
+        where = (ablator.model, ablator.sites, passages)
+        self.activity, clean = activity_and_scores(*where, progress=progress)
         self.is_massive = self.activity.is_massive()
-        self.clean: TokenScores = passages.scores(ablator.model)
-        self.clean_loss, self.clean_accuracy = self.clean.mean_loss(), self.clean.accuracy()
+        self.clean_loss, self.clean_accuracy = clean.mean_loss(), clean.accuracy()
         self.holders = np.array([bool((mask & self.is_massive).any()) for mask in masks.values()])
         self.bar: Any = None
 

@@ -111,7 +111,7 @@ class Judge:
         codes = table["topic"].to_numpy(dtype=np.int64)
         table["topic"] = np.array(self.categories, dtype=object)[codes]
         table.insert(3, "topic_from", source)
-        for name in ("selective", "raw"):
+        for name in ("selective", "raw", "rank"):
             table[f"q_{name}"] = false_discovery_q(table[f"p_{name}"].to_numpy())
         table["selective"] = table["q_selective"] <= ALPHA
         table["causal"] = table["selective"] & (table["p_rank"] <= ALPHA)

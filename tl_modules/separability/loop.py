@@ -82,7 +82,8 @@ def separate(
         A `Separability`.
 
     Raises:
-        InputError: a setting, prompts or units that cannot be used; a text without a token to foretell.
+        InputError: a setting, prompts or units that cannot be used; a text without a token to foretell; or
+            a set of which the model foretells no token right to begin with.
 
     Example:
         >>> separate(None, ["a text"], ["some code"], importance="absolute")
@@ -108,7 +109,10 @@ def separate(
     n_scored = len(ablator.units) if sets is None else len(sets.names)
     n_steps = min(pruning.n_steps, n_scored)
     with tqdm(total=n_steps * (2 + pruning.n_random) + 1, desc="separate", disable=not progress) as bar:
-        run = _Run(ablator, exam, bar.update)
+        clean = exam.sit(model)
+        _check_abilities(clean, whole=evaluate_on is None)
+        bar.update()
+        run = _Run(ablator, exam, clean, bar.update)
         if given is None:
             score = _Scorer(ablator, tokenized, pruning, random_state)
             ranked: Score = score if sets is None else lambda gone: mean_of_sets(score(gone), sets.masks)
@@ -162,6 +166,8 @@ class _Run:
 
     ablator: Ablator
     exam: Exam
+    clean: dict[str, TokenScores]
+    """What the model as it is scored."""
     tick: Callable[[], object]
 
     def told(self, score: Score) -> Score:
@@ -186,7 +192,7 @@ class _Run:
     def result(self, masks: Masks, names: list[str], pruning: Pruning, facts: dict[str, Any]) -> Separability:
         """Evaluate the masks and random ones like them."""
         units = self.ablator.units
-        sat = self.sat(masks)
+        sat = [self.clean, *self.sat(masks[1:])]
         runs = []
         for number in range(pruning.n_random):
             rng = np.random.default_rng([facts["random_state"], number])
@@ -246,6 +252,15 @@ def _checked_sets(both: Any) -> tuple[Any, Any]:
     if not isinstance(both, tuple | list) or len(both) != len(SETS):
         refuse("evaluate_on", got=f"a {type(both).__name__}", want="a pair of prompts, (retain, forget)")
     return both[0], both[1]
+
+
+def _check_abilities(clean: Mapping[str, TokenScores], *, whole: bool) -> None:
+    """Curves are relative to the unpruned model's top-1 accuracy: it must not be 0."""
+    for name, scored in clean.items():
+        if not (scored.rank == 0).any():
+            got = f"a {name} set of which the model foretells no token right"
+            cure = "Give more or longer texts, of what the model is able to do."
+            refuse(name if whole else "evaluate_on", got=got, want="a top-1 accuracy above 0", cure=cure)
 
 
 def _candidates(given: Mapping[str, Any] | Modules, ablator: Ablator) -> Candidates:

@@ -96,7 +96,9 @@ class Separability:
 
         Returns:
             Rows auc_score (curves that never rise), auc_raw, area_ratio, max_delta and forget_drop_at_5, _10
-            and _20; columns value, low and high. nan where the curve does not reach, in any draw.
+            and _20; columns value, low and high. Draws that a number cannot be had of, since the model as it
+            is foretells nothing right of a set's drawn texts or the curve does not reach, are left out of
+            its interval; nan where no draw is left.
         """
         value = curve_numbers(self.curves(metric))
         draws = pd.DataFrame(
