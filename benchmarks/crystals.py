@@ -4,7 +4,8 @@
         [--write docs/geometry.md] [--picture crystals.png]
 
 The last token of each word, residual stream after the layer, and the embedding. 740 pairs, about half held
-out, no word in both halves. Takes a minute.
+out, no word in both halves. p is against permuted relations, and of analogies against offsets that are handed
+to other relations. Takes a few minutes.
 """
 
 from __future__ import annotations
@@ -16,25 +17,30 @@ import pandas as pd
 from documents import replace_between, table_of
 from instructions import model
 
-from tl_modules.geometry.crystals import MEASURES, Crystals, crystal_table
+from tl_modules.geometry.crystals import Crystals, crystal_table
 from tl_modules.geometry.word_pairs import load_word_pairs
+
+NAMES = {"analogy_nearest": "nearest word", "analogy_other": "another relation's offset"}
+"""Of measures that need another one than their own."""
+KINDS = ["raw", "raw, shuffled", "raw, relations permuted"]
+CHANCES = ("p_permuted", "p_signal_permuted")
+PROJECTED = ["signal", "random", "signal, shuffled", "signal, relations permuted"]
+
+
+def number(value: float, digits: int = 3) -> str:
+    return "" if pd.isna(value) else f"{value:.{digits}f}"
 
 
 def by_layer(found: Crystals) -> str:
-    heads = ["where", "measure", "as they are", "shuffled pairs", "projected", "random subspace"]
-    heads += ["projected, shuffled", "p (random)"]
-    rows = [
-        [
-            row["hook_name"],
-            row["measure"],
-            *(
-                f"{row[kind]:.3f}"
-                for kind in ("raw", "raw, shuffled", "signal", "random", "signal, shuffled")
-            ),
-            f"{row['p_random']:.2f}",
-        ]
-        for row in found.summary().to_dict("records")
-    ]
+    heads = ["where", "measure", "as they are", "pairs shuffled", "relations permuted", "p"]
+    heads += ["projected", "random subspace", "pairs shuffled", "relations permuted", "p"]
+    rows = []
+    for row in found.summary().to_dict("records"):
+        chances = ("p_other", "p_signal_other") if row["measure"] == "analogy" else CHANCES
+        p, p_projected = (number(row[name], 4 if row[name] < 0.01 else 2) for name in chances)
+        measured, projected = ([number(row[kind]) for kind in kinds] for kinds in (KINDS, PROJECTED))
+        name = NAMES.get(row["measure"], row["measure"])
+        rows.append([row["hook_name"], name, *measured, p, *projected, p_projected])
     return table_of(heads, rows)
 
 
@@ -63,14 +69,15 @@ def fits(found: Crystals) -> str:
 
 
 def by_relation(found: Crystals, hook_name: str) -> str:
+    measures = ["trapezoid", "silhouette", "analogy", *NAMES]
     columns = {
-        (measure, kind): found.by_relation(measure, kind)[hook_name]
-        for measure in MEASURES[1:]
-        for kind in ("raw", "signal")
+        f"{NAMES.get(measure, measure)}, {told}": found.by_relation(measure, kind)[hook_name]
+        for kind, told in (("raw", "raw"), ("signal", "projected"))
+        for measure in measures
     }
     table = pd.DataFrame(columns)
-    heads = ["relation", *(f"{measure}, {kind}" for measure, kind in table.columns)]
-    return table_of(heads, [[name, *(f"{value:.2f}" for value in row)] for name, row in table.iterrows()])
+    rows = [[name, *(number(value, 2) for value in row)] for name, row in table.iterrows()]
+    return table_of(["relation", *table.columns], rows)
 
 
 def main() -> None:
@@ -91,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 6, 12, 18, 24, 29])
     parser.add_argument("--before", default="The word is ", help="text in front of each word; '' for none")
-    parser.add_argument("--n-draws", type=int, default=19, help="random subspaces and shuffled pairings")
+    parser.add_argument("--n-draws", type=int, default=19, help="draws of each null")
     parser.add_argument("--write", type=Path, help="Markdown file whose table is replaced")
     parser.add_argument("--picture", type=Path)
     return parser.parse_args()

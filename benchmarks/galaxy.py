@@ -101,7 +101,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 12, 18, 24])
     parser.add_argument("--n-clouds", type=int, default=19, help="Gaussian clouds behind the gap")
-    parser.add_argument("--search", type=int, default=10, help="clouds behind the search; 0 leaves it out")
+    parser.add_argument("--search", type=int, default=39, help="clouds behind the search; 0 leaves it out")
     parser.add_argument("--write", type=Path, help="Markdown file whose table is replaced")
     parser.add_argument("--picture", type=Path)
     return parser.parse_args()

@@ -1,14 +1,15 @@
 """Lobes of SmolLM2's features and neurons over the corpus: do units that fire together lie together?
 
-    python benchmarks/lobes.py [--per-kind 40] [--block 64] [--units residual mlp neurons] [--cache FOLDER]
+    python benchmarks/lobes.py [--per-kind 25] [--block 64] [--units residual mlp neurons] [--cache FOLDER]
                                [--n-modules 10] [--n-random 5] [--n-probe 5] [--figures FOLDER]
                                [--write docs/geometry.md]
 
 Texts of ../shared/data/corpus.jsonl.gz, as many of each kind, with a start token that is in no block. One
 pass for the features of the four SAEs and transcoders, one for the neurons of the same four layers. Lobes,
-tables and nulls are made for one site at a time. IterD's modules are found in the same bits, and asked
-whether they are the lobes, and whether their directions are alike within a layer. Figures are written
-to a folder if asked for.
+tables and nulls are made for one site at a time. IterD's modules are found in one half of the texts and
+lobes in the other, for two ways of grouping the same noise agree; then modules are asked whether they are
+the lobes, and whether their directions are alike within a layer, all together and one by one. Figures are
+written to a folder if asked for.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from tl_modules.bases import NeuronBasis
 from tl_modules.demo_features import LAYERS, load_demo_features
 from tl_modules.find import find_modules
 from tl_modules.geometry.affinities import AFFINITIES
-from tl_modules.geometry.beside_modules import compactness, compare_with_modules
+from tl_modules.geometry.beside_modules import compare_with_modules
 from tl_modules.geometry.clusters import lobes
-from tl_modules.geometry.counting import Cooccurrence, Quantile, cooccurrence
+from tl_modules.geometry.compact import compactness, compactness_by_group
+from tl_modules.geometry.counting import Cooccurrence, cooccurrence
 from tl_modules.geometry.lobe_tables import LobeTable, lobe_table
+from tl_modules.geometry.thresholds import Quantile
 from tl_modules.sites import Basis
 from tl_modules.viz.geometry_lobes import lobe_lines, lobe_map, lobe_wins
 
@@ -86,14 +89,12 @@ def probes(
 
 
 def lines_of(site: str, found: LobeTable, probed: dict[tuple[str, int], str]) -> list[dict[str, Any]]:
-    """The best affinity at a few numbers, and simple matching."""
-    table = found.table[found.table["n_lobes"].isin([2, 8, 32])]
-    table = table[table["affinity"].isin(["phi", "jaccard", "simple_matching"])]
+    """Phi at a few numbers of lobes; the figure has all affinities."""
+    table = found.table[found.table["n_lobes"].isin([2, 8, 32]) & (found.table["affinity"] == "phi")]
     return [
         {
             "site": site,
             "units": f"{len(found.units) - sum(found.dropped.values()):,} of {len(found.units):,}",
-            "affinity": row.affinity.replace("_", " "),
             "lobes": row.n_lobes,
             "AMI": f"{row.ami:.3f}",
             "z, p: labels permuted": f"{row.z:.1f}, {row.p:.2g}",
@@ -106,32 +107,59 @@ def lines_of(site: str, found: LobeTable, probed: dict[tuple[str, int], str]) ->
     ]
 
 
-def beside(units: str, co: Cooccurrence, directions: np.ndarray, options: argparse.Namespace) -> pd.DataFrame:
-    """IterD's modules of all layers, by layer: are they the lobes, and are they compact?"""
-    modules = find_modules(co.acts, options.n_modules, random_state=0, progress=False)
-    found = lobes(co, options.n_modules, directions=directions, n_random=0, n_probe=0)
+def beside(
+    units: str, co: Cooccurrence, directions: np.ndarray, options: argparse.Namespace
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """IterD's modules of all layers: are they the lobes, and are they compact? By layer, and one by one."""
+    first, second = co.halves(0)
+    modules = find_modules(first.acts, options.n_modules, random_state=0, progress=False)
+    found = lobes(second, options.n_modules, directions=directions, n_random=0, n_probe=0)
     same = compare_with_modules(found, modules).set_index(["compared", "layer"])
-    compact = compactness(
-        modules.unit_labels,
-        directions,
-        co.units["layer"],
-        measure="squared" if units == "neurons" else "cosine",
-    ).set_index("layer")
-    rows = [
-        {
-            "units": units,
-            "layer": layer,
-            "ARI with lobes": f"{same.loc[('lobes', layer), 'ari']:.3f}",
-            "AMI with lobes (z)": "{ami:.3f} ({z:.1f})".format(**same.loc[("lobes", layer)]),
-            "AMI with geometry (z)": "{ami:.3f} ({z:.1f})".format(**same.loc[("geometry", layer)]),
-            "within": f"{row.within:.4f}",
-            "permuted": f"{row.null_mean:.4f}",
-            "z": f"{row.z:.1f}",
-            "p": f"{row.p:.3f}",
-        }
+    given = (modules.unit_labels, directions, co.units["layer"])
+    measure = "squared" if units == "neurons" else "cosine"
+    compact = compactness(*given, measure=measure).set_index("layer")
+    by_layer = [
+        beside_line(units, layer, row, same.loc[("lobes", layer)], same.loc[("geometry", layer)])
         for layer, row in compact.iterrows()
     ]
-    return pd.DataFrame(rows)
+    alone, frequent = (
+        compactness_by_group(*given, counts=counts, measure=measure)
+        .query("layer == 'all'")
+        .set_index("group")
+        for counts in (None, first.counts)
+    )
+    one_by_one = [module_line(units, module, row, frequent.loc[module]) for module, row in alone.iterrows()]
+    return pd.DataFrame(by_layer), pd.DataFrame(one_by_one)
+
+
+def beside_line(units: str, layer: Any, compact: Any, lobe: Any, lying: Any) -> dict[str, Any]:
+    return {
+        "units": units,
+        "layer": layer,
+        "ARI with lobes": f"{lobe['ari']:.3f}",
+        "AMI with lobes (z)": f"{lobe['ami']:.3f} ({lobe['z']:.1f})",
+        "AMI with geometry (z)": f"{lying['ami']:.3f} ({lying['z']:.1f})",
+        **compact_cells(compact),
+    }
+
+
+def module_line(units: str, module: Any, compact: Any, within_deciles: Any) -> dict[str, Any]:
+    return {
+        "units": units,
+        "module": module,
+        "n_units": f"{compact['n_units']:,}",
+        **compact_cells(compact),
+        "z within deciles": f"{within_deciles['z']:.1f}",
+    }
+
+
+def compact_cells(row: Any) -> dict[str, str]:
+    return {
+        "within": f"{row['within']:.4f}",
+        "permuted": f"{row['null_mean']:.4f}",
+        "z": f"{row['z']:.1f}",
+        "p": f"{row['p']:.3f}",
+    }
 
 
 def draw(
@@ -144,6 +172,7 @@ def draw(
         "wins": lobe_wins(shown.wins(co)),
     }
     for name, figure in figures.items():
+        figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
         figure.write_image(folder / f"lobes-{units}-{site}-{name}.png", width=800, scale=2)
 
 
@@ -153,17 +182,19 @@ def main() -> None:
     tables, counts = [], []
     for units in options.units:
         co, directions = blocks_of(units, options)
-        counts.append(f"{units}: {co.n_blocks:,} blocks of {options.block} tokens ({dict(co.blocks_per())})")
+        kinds = ", ".join(f"{kind} {n}" for kind, n in co.blocks_per().items())
+        counts.append(f"{units}: {co.n_blocks:,} blocks of {options.block} tokens ({kinds})")
         for layer in sorted(co.units["layer"].unique()):
             here = np.flatnonzero(co.units["layer"] == layer)
             part, rows = co.of_units(here), directions[here]
             found = site_table(part, rows, options)
             lines += lines_of(f"{units}, layer {layer}", found, probes(part, rows, options))
-            print(pd.DataFrame(lines[-9:]).to_string(index=False), flush=True)
+            print(pd.DataFrame(lines[-3:]).to_string(index=False), flush=True)
             if options.figures:
                 draw(units, f"L{layer}", part, rows, found, options.figures)
         tables.append(beside(units, co, directions, options))
-    text = "\n\n".join([*counts, markdown(pd.DataFrame(lines)), markdown(pd.concat(tables))]) + "\n"
+    both = [markdown(pd.concat(parts)) for parts in zip(*tables, strict=True)]
+    text = "\n\n".join([*counts, markdown(pd.DataFrame(lines)), *both]) + "\n"
     print(text)
     if options.write:
         replace_between(options.write, "lobes", text, title="Geometry")
@@ -176,7 +207,7 @@ def markdown(table: pd.DataFrame) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--units", nargs="+", choices=UNITS, default=UNITS)
-    parser.add_argument("--per-kind", type=int, default=40, help="texts of each kind")
+    parser.add_argument("--per-kind", type=int, default=25, help="texts of each kind")
     parser.add_argument("--block", type=int, default=64, help="tokens in a block")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a text that are read")
     parser.add_argument("--n-modules", type=int, default=10)
