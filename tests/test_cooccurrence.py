@@ -20,7 +20,8 @@ from tl_modules.geometry.affinities import (
     neighbours,
     unit_directions,
 )
-from tl_modules.geometry.counting import Cooccurrence, Quantile, cooccurrence, count_blocks
+from tl_modules.geometry.counting import Cooccurrence, cooccurrence, count_blocks
+from tl_modules.geometry.thresholds import Quantile, checked_threshold
 
 BITS = np.zeros((10, 5), bool)
 BITS[[0, 1, 2, 3], 0] = BITS[[0, 1, 3, 6], 1] = BITS[[4, 5, 6, 8], 2] = BITS[:, 4] = True
@@ -189,7 +190,7 @@ def test_tables_say_what_the_blocks_are(model):
     assert list(co.blocks[["sample", "block", "n_tokens"]].itertuples(index=False, name=None)) == blocks
     assert co.blocks_per().to_dict() == {"a": 6, "b": 4, "c": 1}
     assert (co.units["threshold"] == np.float32(0.8)).all()
-    asked = {"block": 10, "tail": "keep", "threshold": 0.8, "prepend_bos": None, "n_texts": 5, "n_blocks": 11}
+    asked = {"block": 10, "tail": "keep", "threshold": 0.8, "n_texts": 5, "n_blocks": 11}
     assert asked.items() <= dict(co.source).items()
 
 
@@ -265,6 +266,7 @@ def test_what_is_on_can_be_decomposed_like_activations(model):
         ({"block": 100}, "prompts: got texts of at most 28 tokens"),
         ({"threshold": -1.0}, "threshold: got -1.0"),
         ({"threshold": float("nan")}, "threshold: got nan"),
+        ({"threshold": float("inf")}, "threshold: got inf"),
         ({"threshold": Quantile(2)}, "threshold: got Quantile"),
         ({"tail": "cut"}, "tail: got 'cut'"),
     ],
@@ -272,6 +274,12 @@ def test_what_is_on_can_be_decomposed_like_activations(model):
 def test_refusals_come_before_the_model_runs(model, settings, message):
     with pytest.raises(InputError, match=message):
         cooccurrence(model, TEXTS, progress=False, **settings)
+
+
+@pytest.mark.parametrize("threshold", [True, "0.9", (0.9, 4), Quantile("0.9"), Quantile(True), [1.0], np.inf])
+def test_what_is_no_threshold(threshold):
+    with pytest.raises(InputError, match="threshold: got"):
+        checked_threshold(threshold)
 
 
 def test_values_that_are_not_finite_are_refused():

@@ -17,7 +17,7 @@ from tl_modules.geometry._pair_scores import (
     trapezoid_cosine,
 )
 from tl_modules.geometry.crystals import MEASURES, crystal_scores, crystal_table
-from tl_modules.geometry.distractors import fit_distractors
+from tl_modules.geometry.distractors import check_shrinkage, fit_distractors
 from tl_modules.geometry.pair_vectors import PairVectors, feature_differences, pair_differences
 from tl_modules.geometry.word_pairs import held_out, load_word_pairs, read_pairs
 
@@ -133,6 +133,8 @@ def test_projection_is_one_and_keeps_the_type():
         np.linalg.norm(fitted.coordinates(differences), axis=1), np.linalg.norm(once, axis=1)
     )
     assert fitted.project(torch.zeros(2, 3, 12)).shape == (2, 3, 12)
+    whole = torch.arange(12)
+    np.testing.assert_allclose(fitted.project(whole), fitted.project(whole.numpy()), rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="vectors of 12 numbers"):
         fitted.project(np.zeros(11))
 
@@ -153,6 +155,12 @@ def test_distractors_that_cannot_be_fitted(options, message):
     differences, labels = noisy(60, 5, 3)
     with pytest.raises(InputError, match=message):
         fit_distractors(**({"differences": differences, "labels": labels} | options))
+
+
+@pytest.mark.parametrize("shrinkage", ["auto", True, float("nan"), -0.1, [0.1]])
+def test_shrinkage_is_a_share(shrinkage):
+    with pytest.raises(InputError, match=r"shrinkage: got .*, expected a number from 0 to 1, or None"):
+        check_shrinkage(shrinkage)
 
 
 def slow_scores(first, second, pairs):
@@ -233,7 +241,8 @@ def test_planted_crystals_are_found():
     assert row.loc["analogy", "raw"] == 1
     assert row.loc["analogy", "raw, shuffled"] < 0.1
     assert row.loc["silhouette", "signal"] > 0.9
-    assert (row[["p_shuffled", "p_signal_shuffled"]] == 0.05).all(axis=None)
+    chances = ["p_shuffled", "p_signal_shuffled", "p_permuted", "p_signal_permuted"]
+    assert (row.loc[["parallelogram", "trapezoid", "silhouette"], chances] == 0.05).all(axis=None)
 
 
 def test_a_distractor_hides_them_until_it_is_projected_out():
@@ -259,7 +268,7 @@ def test_the_length_regression_is_that_of_the_planted_axis():
     assert fit["signal_length_r2"] < 0.2
     gaps = found.length_gaps
     assert (np.diff(gaps["mean"]) > 0).all()
-    assert gaps["n"].sum() == len(vectors)
+    assert gaps["n"].sum() == fit["n_test"]
 
 
 def test_noise_gives_nothing_on_held_out_words():
@@ -340,9 +349,14 @@ def test_views():
     assert repr(found) == "Crystals(1 hook points, 3 relations, 45 held-out pairs)"
     assert "<table" in found._repr_html_()
     figure = found.plot()
-    assert len(figure.data) == 5 * len(MEASURES)
+    assert len(figure.data) == 7 * len(MEASURES)
     summary = found.summary().set_index("measure")
     assert figure.data[0].y[0] == summary.loc["parallelogram", "raw"]
+    drawn = {line.name: line.y[0] for line in figure.data[14:21]}
+    assert drawn["as they are"] == summary.loc["analogy", "raw"]
+    assert drawn["as they are, relation not theirs"] == summary.loc["analogy_other", "raw"]
+    nearest = summary.loc["analogy_nearest", "signal"]
+    assert drawn["projected, pairs shuffled; analogies: no offset"] == nearest
     assert "dimensions kept" in repr(found.distractors["directions"])
 
 
@@ -355,6 +369,8 @@ def test_views():
         (["ab"], "'ab', expected two words"),
         ([("a", "b", "c")], "two words"),
         (pd.DataFrame({"first": ["a"]}), "a table without"),
+        (pd.DataFrame({"relation": [None], "first": ["a"], "second": ["b"]}), "a relation that is no text"),
+        ({"": [("a", "b")]}, "a relation that is no text"),
     ],
 )
 def test_pairs_that_cannot_be_read(pairs, message):
@@ -385,3 +401,5 @@ def test_features_as_pairs():
         feature_differences(np.eye(4), {"next": [(0, 4)]})
     with pytest.raises(InputError, match="names"):
         feature_differences(np.eye(4), {"next": [(0, 1)]}, names=["a"])
+    with pytest.raises(InputError, match="names: got 'L0F0' twice"):
+        feature_differences(np.eye(4), {"next": [(0, 1)]}, names=["L0F1", "L0F0", "L0F2", "L0F0"])

@@ -235,7 +235,7 @@ def planted(n_pairs=12, stretch=False):
 @pytest.mark.parametrize("shape", ["trapezoid", "parallelogram"])
 def test_planted_quadruplets_are_found(shape):
     cloud = planted(stretch=shape == "trapezoid")
-    found = find_quadruplets(cloud, shape=shape, unit_norm=False, n_pairs=2000, progress=False)
+    found = find_quadruplets(cloud, shape=shape, unit_norm=False, n_pairs=2000, n_clouds=19, progress=False)
     best = found.table.iloc[:5]
     for row in best.to_dict("records"):
         a, b, c, d = (int(row[place]) for place in "abcd")
@@ -252,7 +252,7 @@ def test_planted_quadruplets_are_found(shape):
 
 @pytest.mark.parametrize("sample", ["neighbors", "random"])
 def test_noise_has_no_quadruplets_and_says_so(sample):
-    found = find_quadruplets(noise(300, 60, 0.5), sample=sample, n_pairs=1000, progress=False)
+    found = find_quadruplets(noise(300, 60, 0.5), sample=sample, n_pairs=1000, n_clouds=19, progress=False)
     assert len(found.found()) == 0
     assert found.verdict.startswith("No trapezoids (cosine >= 0.8, q <= 0.05) among 1000 differences")
     assert repr(found).startswith("Quadruplets(No trap")

@@ -50,13 +50,20 @@ ROOMS = [
     *("entropy",),
     *("separability.importance", "separability.score", "separability.metrics", "separability.exam"),
     *("separability.prune", "separability.result", "separability.loop", "separability"),
-    *("geometry._kernels", "geometry._memory", "geometry._blocks", "geometry._pairs"),
-    *("geometry.counting", "geometry.affinities", "geometry._spectral", "geometry._agreement"),
+    *("geometry._saved", "geometry._kernels", "geometry._memory", "geometry._blocks", "geometry._pairs"),
+    *(
+        "geometry.thresholds",
+        "geometry.counting",
+        "geometry.affinities",
+        "geometry._spectral",
+        "geometry._agreement",
+    ),
     *("geometry._probe", "geometry._compared", "geometry.clusters", "geometry.lobe_tables"),
-    *("geometry.beside_modules",),
+    *("geometry.compact", "geometry.beside_modules"),
     *("geometry._clouds", "geometry._spectrum", "geometry.entropies", "geometry.galaxies"),
     *("geometry.quadruplets", "geometry.word_pairs", "geometry.pair_vectors", "geometry.distractors"),
-    *("geometry._length", "geometry._pair_scores", "geometry.crystals", "geometry"),
+    *("geometry._length", "geometry._analogies", "geometry._pair_scores", "geometry._crystal_kinds"),
+    *("geometry.crystal_results", "geometry.crystals", "geometry"),
     *("viz.figure", "viz.panels", "viz.sweep", "viz.hierarchy", "viz.tradeoff"),
     *("viz.causes", "viz.doses", "viz.causal_section", "viz.html", "viz.report"),
     *("viz.circuit_layout", "viz.circuit_drawing", "viz.circuit_graph", "viz.circuit_plotly"),
@@ -73,7 +80,7 @@ DRAWN_BY_METHODS |= {
     ("geometry.clusters", "viz.geometry_lobes"),
     ("geometry.lobe_tables", "viz.geometry_lobes"),
 }
-DRAWN_BY_METHODS |= {("geometry.crystals", "viz.geometry_crystals")}
+DRAWN_BY_METHODS |= {("geometry.crystal_results", "viz.geometry_crystals")}
 DRAWN_BY_METHODS |= {("geometry.galaxies", "viz.geometry_galaxy")}
 """`plot`, `report` and `verify` hand themselves to the room that does it."""
 

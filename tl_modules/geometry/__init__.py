@@ -17,9 +17,10 @@ if TYPE_CHECKING:
         geometric_neighbours,
         neighbours,
     )
-    from tl_modules.geometry.beside_modules import compactness, compare_with_modules
+    from tl_modules.geometry.beside_modules import compare_with_modules
     from tl_modules.geometry.clusters import Lobes, lobes
-    from tl_modules.geometry.counting import Cooccurrence, Quantile, cooccurrence, count_blocks
+    from tl_modules.geometry.compact import compactness, compactness_by_group, probe
+    from tl_modules.geometry.counting import Cooccurrence, cooccurrence, count_blocks
     from tl_modules.geometry.crystals import Crystals, crystal_scores, crystal_table
     from tl_modules.geometry.distractors import Distractors, fit_distractors
     from tl_modules.geometry.entropies import ClusteringEntropy, clustering_entropy, knn_entropy
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from tl_modules.geometry.lobe_tables import LobeTable, lobe_table
     from tl_modules.geometry.pair_vectors import PairVectors, feature_differences, pair_differences
     from tl_modules.geometry.quadruplets import Quadruplets, find_quadruplets
+    from tl_modules.geometry.thresholds import Quantile
     from tl_modules.geometry.word_pairs import held_out, load_word_pairs
 
 _ROOM_OF = {
@@ -39,11 +41,12 @@ _ROOM_OF = {
     "Lobes": "clusters",
     "PairVectors": "pair_vectors",
     "Quadruplets": "quadruplets",
-    "Quantile": "counting",
+    "Quantile": "thresholds",
     "affinity": "affinities",
     "affinity_from_counts": "affinities",
     "clustering_entropy": "entropies",
-    "compactness": "beside_modules",
+    "compactness": "compact",
+    "compactness_by_group": "compact",
     "compare_with_modules": "beside_modules",
     "cooccurrence": "counting",
     "count_blocks": "counting",
@@ -64,6 +67,7 @@ _ROOM_OF = {
     "marchenko_pastur": "galaxies",
     "neighbours": "affinities",
     "pair_differences": "pair_vectors",
+    "probe": "compact",
 }
 
 __all__ = [
@@ -81,6 +85,7 @@ __all__ = [
     "affinity_from_counts",
     "clustering_entropy",
     "compactness",
+    "compactness_by_group",
     "compare_with_modules",
     "cooccurrence",
     "count_blocks",
@@ -101,6 +106,7 @@ __all__ = [
     "marchenko_pastur",
     "neighbours",
     "pair_differences",
+    "probe",
 ]
 
 

@@ -1,12 +1,15 @@
-"""Adjusted mutual information of two labelings against labels that were permuted."""
+"""Adjusted mutual information of two labelings, what stands against a null, and permutations for it."""
 
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 
 Labels = Int[np.ndarray, " unit"]
 _DECILES = 10
+_ROUNDING = 1e-12
+"""Values that differ by less, beside the largest of them and 1, are the same but for rounding."""
 
 
 class MutualInformation:
@@ -53,24 +56,69 @@ def _entropy(counts: Int[np.ndarray, " value"]) -> float:
 def against_null(found: float, null: Float[np.ndarray, " draw"]) -> dict[str, float]:
     """How far a value lies above a null: mean, sd, z, and p = (1 + number that reach it) / (1 + draws).
 
+    A draw that equals the value but for rounding reaches it. Where the value or a draw is unknown, so is all.
+
     Example:
         >>> against_null(4.0, np.array([1.0, 2.0, 3.0]))
         {'mean': 2.0, 'sd': 1.0, 'z': 2.0, 'p': 0.25}
     """
-    sd = float(null.std(ddof=1)) if len(null) > 1 else float("nan")
-    z = (found - float(null.mean())) / sd if sd > 0 else float("nan")
+    nan = float("nan")
+    if not np.isfinite(found) or not np.isfinite(null).all():
+        return {"mean": nan, "sd": nan, "z": nan, "p": nan}
+    mean, rounding = float(null.mean()), _ROUNDING * float(max(1, abs(found), np.abs(null).max()))
+    sd = float(null.std(ddof=1)) if len(null) > 1 else nan
     return {
-        "mean": float(null.mean()),
+        "mean": mean,
         "sd": sd,
-        "z": z,
-        "p": (1 + int((null >= found).sum())) / (1 + len(null)),
+        "z": (found - mean) / sd if sd > rounding else nan,
+        "p": (1 + int((null >= found - rounding).sum())) / (1 + len(null)),
     }
 
 
-def deciles_of(counts: Int[np.ndarray, " unit"]) -> Labels:
-    """Which tenth of the units each stands in, by how often it is on; ties are split by position."""
-    ranks = np.argsort(np.argsort(counts, kind="stable"), kind="stable")
-    return (ranks * _DECILES // max(1, len(counts))).astype(np.int64)
+def deciles_of(counts: Int[np.ndarray, " unit"], groups: Labels | None = None) -> Labels:
+    """Which tenth of the units each stands in, by how often it is on, within each group if there are any.
+
+    Units that are on equally often stand together, in the tenth of their middle.
+
+    Args:
+        counts: how often each unit is on.
+        groups: of the units; units of two groups never share a number. None for one.
+
+    Example:
+        >>> deciles_of(np.array([3, 1, 1, 1]))
+        array([8, 3, 3, 3])
+    """
+    groups = np.zeros(len(counts), np.int64) if groups is None else groups
+    tenths = np.empty(len(counts), np.int64)
+    for number, group in enumerate(np.unique(groups)):
+        here = groups == group
+        _, own, sizes = np.unique(counts[here], return_inverse=True, return_counts=True)
+        middle = np.cumsum(sizes) - sizes / 2
+        tenths[here] = _DECILES * number + (_DECILES * middle[own] / here.sum()).astype(np.int64)
+    return tenths
+
+
+def keys_of(units: pd.DataFrame, beside: pd.DataFrame) -> pd.MultiIndex:
+    """What tells these units from all others, as far as both tables say: hook point, SAE, label.
+
+    Example:
+        >>> units = pd.DataFrame({"hook_name": ["a", "b"], "label": ["U0", "U0"]})
+        >>> keys_of(units, units).is_unique
+        True
+    """
+    columns = [name for name in ("hook_name", "sae", "label") if name in units and name in beside]
+    return pd.MultiIndex.from_frame(units[columns])
+
+
+def sites_of(units: pd.DataFrame) -> Labels:
+    """A number for each unit's place: its layer and hook point, and its SAE where it has one.
+
+    Example:
+        >>> sites_of(pd.DataFrame({"layer": [0, 0, 1], "hook_name": ["a", "a", "b"]}))
+        array([0, 0, 1])
+    """
+    columns = [column for column in ("layer", "hook_name", "sae") if column in units]
+    return units.groupby(columns, dropna=False).ngroup().to_numpy(np.int64)
 
 
 def permuted_within(labels: Labels, groups: Labels, rng: np.random.Generator) -> Labels:

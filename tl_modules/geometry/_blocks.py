@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -147,14 +149,56 @@ def calibrated(
 ) -> Float[np.ndarray, " unit"]:
     """For each unit a value between those of the quantile `q` of its largest values in some blocks.
 
-    The texts are taken in the order of their token ids' bytes, so that the order they came in is of no
-    account. Half way between two values, rounding of either cannot change what is above.
+    The blocks are drawn by a digest of their text and number: at random, and whatever order the texts came
+    in. Half way between two values, rounding of either cannot change what is above.
     """
-    order = sorted(range(len(layout.sequences.tokens)), key=lambda i: layout.sequences.tokens[i].tobytes())
-    enough = np.cumsum([layout.n_blocks_of(i) for i in order]) >= n_blocks
-    chosen = set(order[: int(enough.argmax()) + 1] if enough.any() else order)
-    batches = [kept for members in blocks.plan(batch_tokens) if (kept := [i for i in members if i in chosen])]
-    bar = tqdm(batches, desc="thresholds", disable=not progress)
-    largest = np.sort(np.concatenate([blocks.largest(members) for members in bar]), axis=0)
+    drawn = drawn_blocks(layout, n_blocks)
+    batches = [kept for members in blocks.plan(batch_tokens) if (kept := [i for i in members if i in drawn])]
+    parts = []
+    for members in tqdm(batches, desc="thresholds", disable=not progress):
+        ends = np.cumsum([0, *(layout.n_blocks_of(i) for i in members)])
+        rows = [start + n for start, i in zip(ends, members, strict=False) for n in drawn[i]]
+        parts.append(blocks.largest(members)[rows])
+    largest = np.sort(np.concatenate(parts), axis=0)
     at = min(int(np.ceil(q * len(largest))), len(largest) - 1)
     return (largest[max(at - 1, 0)] + largest[at]) / 2
+
+
+def drawn_blocks(layout: Layout, n_blocks: int) -> dict[int, list[int]]:
+    """Some of the blocks of different texts: their numbers within each sequence that has any.
+
+    Args:
+        layout: the blocks.
+        n_blocks: how many to draw, if there are as many.
+    """
+    named = []
+    texts = zip(layout.sequences.tokens, layout.sequences.counted, strict=True)
+    for i, (ids, mask) in enumerate(texts):
+        digest = sha256(ids.tobytes() + mask.tobytes()).digest()
+        own = range(layout.n_blocks_of(i))
+        named += [(sha256(digest + n.to_bytes(8, "little")).digest(), i, n) for n in own]
+    drawn: dict[int, list[int]] = {}
+    for _, i, n in sorted(named)[:n_blocks]:
+        drawn.setdefault(i, []).append(n)
+    return drawn
+
+
+def in_first_half(blocks: pd.DataFrame, random_state: int) -> Bool[np.ndarray, " block"]:
+    """Which blocks go to the first of two halves; those of equal texts go together.
+
+    Args:
+        blocks: a row a block, as `Cooccurrence.blocks` has it; blocks without a text stand for themselves.
+        random_state: which texts go where.
+    """
+    own = np.arange(len(blocks)) if "sample" not in blocks else blocks["sample"]
+    text = [block_text or f"\0{n}" for block_text, n in zip(blocks["text"], own, strict=True)]
+    codes, texts = pd.factorize(pd.Series(text))
+    order = np.random.default_rng(random_state).permutation(len(texts))
+    if "category" in blocks:
+        kind = pd.factorize(blocks["category"])[0]
+        of_text = np.zeros(len(texts), np.int64)
+        of_text[codes] = kind
+        order = order[np.argsort(of_text[order], kind="stable")]
+    first = np.zeros(len(texts), bool)
+    first[order[::2]] = True
+    return first[codes]

@@ -66,3 +66,53 @@ def gaussian_like(points: Points, rng: np.random.Generator) -> Points:
     frame, _ = np.linalg.qr(noise - noise.mean(0))
     _, singular, axes = np.linalg.svd(points - points.mean(0), full_matrices=False)
     return points.mean(0) + (frame * singular) @ axes
+
+
+def unit_rows(argument: str, points: Points) -> Points:
+    """Each point divided by its length.
+
+    Raises:
+        InputError: one of length 0.
+
+    Example:
+        >>> unit_rows("points", np.array([[3.0, 4.0]]))
+        array([[0.6, 0.8]])
+    """
+    length = np.linalg.norm(points, axis=1, keepdims=True)
+    if not length.all():
+        got = f"{int((length == 0).sum())} of length 0"
+        refuse(argument, got=got, want="none with unit_norm=True")
+    return np.asarray(points / length)
+
+
+def unit_gaussian_like(
+    points: Points, rng: np.random.Generator, *, within: float = 1e-4, most: int = 30
+) -> Points:
+    """Gaussian points divided by their lengths, with the sample mean and covariance of these unit vectors.
+
+    Dividing by the length takes more from the longer axes: points with the covariance of unit vectors come
+    out rounder than these. So moments are matched and lengths made 1 in turn, until both hold.
+
+    Args:
+        points: unit vectors, more than dimensions.
+        rng: draws the noise.
+        within: distance of the covariances (Frobenius) at which to stop, over that of `points` from 0.
+        most: turns.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> cloud = unit_rows("points", rng.normal(size=(90, 3)) * [1, 1, 9])
+        >>> bool(abs(np.cov(unit_gaussian_like(cloud, rng).T) - np.cov(cloud.T)).max() < 1e-4)
+        True
+    """
+    wanted = np.atleast_2d(np.cov(points.T))
+    floor = 1e-12 * np.eye(len(wanted))
+    root = np.linalg.cholesky(wanted + floor)
+    drawn = unit_rows("directions", gaussian_like(points, rng))
+    for _ in range(most):
+        own = np.atleast_2d(np.cov(drawn.T))
+        if np.linalg.norm(own - wanted) <= within * np.linalg.norm(wanted):
+            break
+        white = np.linalg.solve(np.linalg.cholesky(own + floor), (drawn - drawn.mean(0)).T).T
+        drawn = unit_rows("directions", points.mean(0) + white @ root.T)
+    return drawn

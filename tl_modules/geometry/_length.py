@@ -26,9 +26,10 @@ def first_component(differences: Float[np.ndarray, "pair dimension"]) -> Float[n
 
 
 def length_regression(vectors: PairVectors, fitted: Distractors) -> dict[str, float]:
-    """Slope, R2 and p of that component on the length gap, all pairs; and R2 after projection.
+    """Slope, R2 and p of that component on the length gap; and R2 after projection.
 
-    nan where no lengths are known or all gaps are equal.
+    The pairs should be others than those that the projection was fitted to. nan where no lengths are known
+    or all gaps are equal.
     """
     names = ("length_slope", "length_r2", "length_p", "signal_length_r2")
     if not _known(vectors):

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+
+from tl_modules.geometry._analogies import Words, kin, mean_of_known, members_of
 
 Vectors = Float[np.ndarray, "pair dimension"]
 MEASURES = ("parallelogram", "trapezoid", "analogy", "silhouette")
@@ -36,7 +38,9 @@ def trapezoid_cosine(u: Any, v: Any) -> Float[np.ndarray, "*rows"]:
     return np.asarray((u * v).sum(-1) / np.linalg.norm(u, axis=-1) / np.linalg.norm(v, axis=-1))
 
 
-def pair_scores(first: Vectors, second: Vectors, pairs: pd.DataFrame) -> pd.DataFrame:
+def pair_scores(
+    first: Vectors, second: Vectors, pairs: pd.DataFrame, order: Int[np.ndarray, " pair"] | None = None
+) -> pd.DataFrame:
     """All measures of each relation, over its pairs of pairs.
 
     An analogy a : b :: c : ? is answered with the word, among all of `pairs` but a, b and c, whose vector
@@ -47,6 +51,8 @@ def pair_scores(first: Vectors, second: Vectors, pairs: pd.DataFrame) -> pd.Data
         first: of each pair.
         second: of each pair.
         pairs: columns relation, first and second.
+        order: of shuffled pairs, whose second word each has. Two that hold words of one true pair are not
+            compared: the one starts about where the other ends, which makes their differences opposite.
 
     Returns:
         One row a relation: relation, n_pairs, parallelogram (mean error), trapezoid (mean cosine), analogy
@@ -54,54 +60,40 @@ def pair_scores(first: Vectors, second: Vectors, pairs: pd.DataFrame) -> pd.Data
         nan for a single relation).
     """
     differences = second - first
-    silhouette = _silhouettes(differences, pairs["relation"].to_numpy(object))
-    words, code = np.unique(pairs[["first", "second"]].to_numpy(str), return_inverse=True)
-    numbers = code.reshape(-1, 2)
-    vectors = np.empty((len(words), first.shape[1]))
-    vectors[numbers[:, 0]], vectors[numbers[:, 1]] = first, second
+    apart = ~(np.eye(len(pairs), dtype=bool) if order is None else kin(order))
+    silhouette = _silhouettes(differences, pairs["relation"].to_numpy(object), apart)
+    words = Words.of(first, second, pairs)
     rows = []
-    for relation, own in pairs.groupby("relation", sort=False).indices.items():
-        i, j = np.triu_indices(len(own), 1)
+    for relation, own in members_of(pairs).items():
+        compared = apart[np.ix_(own, own)]
+        i, j = np.nonzero(np.triu(compared))
         u, v = differences[own[i]], differences[own[j]]
         with np.errstate(invalid="ignore"):
             scores = {"parallelogram": parallelogram_error(u, v), "trapezoid": trapezoid_cosine(u, v)}
-        right = _answers(differences[own], vectors, numbers[own])
-        scores |= {"analogy": right, "silhouette": silhouette[own]}
-        means = {name: _mean(values) for name, values in scores.items()}
+        scores |= {"analogy": words.answers(own, own)[compared], "silhouette": silhouette[own]}
+        means = {name: mean_of_known(values) for name, values in scores.items()}
         rows.append({"relation": relation, "n_pairs": len(own), **means})
     return pd.DataFrame(rows)
 
 
-def _mean(values: np.ndarray) -> float:
-    """Over those that are defined."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else np.nan
-
-
-def _answers(
-    differences: Vectors, vectors: Float[np.ndarray, "word dimension"], numbers: Int[np.ndarray, "pair two"]
-) -> Float[np.ndarray, " analogy"]:
-    """For each ordered pair of pairs 1 or 0, nan where the answer is a cue."""
-    squares = (vectors**2).sum(1)
-    shift, start = differences @ vectors.T, vectors[numbers[:, 0]] @ vectors.T
-    right = []
-    for given, (a, b) in enumerate(numbers):
-        distance = squares - 2 * (shift[given] + start)
-        distance[:, [a, b]] = np.inf
-        distance[np.arange(len(numbers)), numbers[:, 0]] = np.inf
-        answers = (distance.argmin(1) == numbers[:, 1]).astype(float)
-        answers[np.isin(numbers[:, 1], (a, b))] = np.nan
-        right.append(np.delete(answers, given))
-    return np.concatenate(right)
-
-
-def _silhouettes(differences: Vectors, labels: np.ndarray) -> Float[np.ndarray, " pair"]:
-    from sklearn.metrics import silhouette_samples
-
-    n_relations = len(pd.unique(labels))
-    if not 1 < n_relations < len(labels):
+def _silhouettes(
+    differences: Vectors, labels: np.ndarray, apart: Bool[np.ndarray, "pair pair"]
+) -> Float[np.ndarray, " pair"]:
+    """Of each pair, by mean distances to those of each relation that it may be compared with."""
+    names, code = np.unique(labels.astype(str), return_inverse=True)
+    if len(names) < 2:
         return np.full(len(labels), np.nan)
-    return np.asarray(silhouette_samples(differences, labels.astype(str)), dtype=np.float64)
+    member = np.eye(len(names))[code]
+    squares, values = (differences**2).sum(1), np.empty(len(labels))
+    for relation in range(len(names)):
+        own = np.flatnonzero(code == relation)
+        squared = squares[own, None] + squares - 2 * differences[own] @ differences.T
+        with np.errstate(invalid="ignore"):
+            means = (np.sqrt(np.maximum(squared, 0)) * apart[own]) @ member
+            means /= apart[own] @ member
+            near, far = means[:, relation], np.delete(means, relation, axis=1).min(1)
+            values[own] = (far - near) / np.maximum(far, near)
+    return values
 
 
 def silhouette(differences: Vectors, labels: np.ndarray) -> float:
@@ -111,13 +103,13 @@ def silhouette(differences: Vectors, labels: np.ndarray) -> float:
         >>> silhouette(np.array([[0.0], [0.0], [9.0], [9.0]]), np.array(["a", "a", "b", "b"]))
         1.0
     """
-    return _mean(_silhouettes(differences, labels))
+    return mean_of_known(_silhouettes(differences, labels, ~np.eye(len(labels), dtype=bool)))
 
 
 def shuffled_seconds(pairs: pd.DataFrame, rng: np.random.Generator) -> Int[np.ndarray, " pair"]:
     """Which pair's second word each first word gets: another one's of its relation, none its own."""
     order = np.arange(len(pairs))
-    for own in pairs.groupby("relation", sort=False).indices.values():
+    for own in members_of(pairs).values():
         ring = rng.permutation(own)
         order[ring] = np.roll(ring, 1)
     return order

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Float, Int
+
+from tl_modules.geometry._agreement import permuted_within
 
 N_FOLDS = 5
 
@@ -46,24 +50,78 @@ def probe_accuracy(unit: Directions, labels: Labels, random_state: int) -> float
 
 
 def probe_nulls(
-    unit: Directions, labels: Labels, n_draws: int, random_state: int
+    unit: Directions, labels: Labels, sites: Labels, n_draws: int, random_state: int
 ) -> dict[str, Float[np.ndarray, " draw"]]:
-    """The same for random directions and for directions permuted among the units.
+    """The same for random directions and for directions permuted among the units of each site.
 
     Example:
-        >>> rows = np.repeat(np.eye(2), 10, axis=0)
-        >>> sorted(probe_nulls(rows, np.repeat([0, 1], 10), 1, 0))
+        >>> rows, one = np.repeat(np.eye(2), 10, axis=0), np.zeros(20, int)
+        >>> sorted(probe_nulls(rows, np.repeat([0, 1], 10), one, 1, 0))
         ['probe, permuted', 'probe, random directions']
     """
-    rng = np.random.default_rng(random_state)
-    random, permuted = [], []
+    rng, directions = np.random.default_rng(random_state), random_cloud(unit, sites)
+    random, permuted, order = [], [], np.arange(len(unit))
     for draw in range(n_draws):
-        random.append(probe_accuracy(random_directions(unit.shape, rng), labels, draw))
-        permuted.append(probe_accuracy(unit[rng.permutation(len(unit))], labels, draw))
+        random.append(probe_accuracy(directions(rng), labels, draw))
+        permuted.append(probe_accuracy(unit[permuted_within(order, sites, rng)], labels, draw))
     return {"probe, random directions": np.array(random), "probe, permuted": np.array(permuted)}
+
+
+def unprobed(labels: Labels) -> int:
+    """How many lobes have too few units for the probe; -1 is no lobe.
+
+    Example:
+        >>> unprobed(np.array([0] * 9 + [1] * 4))
+        1
+    """
+    return int((np.unique(labels[labels >= 0], return_counts=True)[1] < N_FOLDS).sum())
 
 
 def random_directions(shape: tuple[int, ...], rng: np.random.Generator) -> Directions:
     """Gaussian rows of length 1."""
-    rows = rng.normal(size=shape)
+    return _of_length_1(rng.normal(size=shape))
+
+
+def random_cloud(unit: Directions, sites: Labels) -> Callable[[np.random.Generator], Directions]:
+    """What draws directions that know nothing of the units but their site.
+
+    Of one site they are random; of several, each site's have its own mean and covariance before their length
+    is made 1, so that what differs between sites differs in the null as well.
+
+    Args:
+        unit: directions of length 1.
+        sites: the site of each.
+
+    Example:
+        >>> draw = random_cloud(np.eye(4), np.array([0, 0, 1, 1]))
+        >>> np.abs(draw(np.random.default_rng(0))) > 1e-9
+        array([[ True,  True, False, False],
+               [ True,  True, False, False],
+               [False, False,  True,  True],
+               [False, False,  True,  True]])
+    """
+    places = [np.flatnonzero(sites == site) for site in np.unique(sites)]
+    if len(places) < 2:
+        return lambda rng: random_directions(unit.shape, rng)
+    moments = [_moments(unit[here]) for here in places]
+
+    def draw(rng: np.random.Generator) -> Directions:
+        rows = np.empty(unit.shape)
+        for here, (mean, root) in zip(places, moments, strict=True):
+            rows[here] = mean + rng.normal(size=(len(here), len(root))) @ root
+        return _of_length_1(rows)
+
+    return draw
+
+
+def _moments(
+    rows: Float[np.ndarray, "own d_model"],
+) -> tuple[Float[np.ndarray, " d_model"], Float[np.ndarray, "axis d_model"]]:
+    """The mean, and a root of the covariance."""
+    mean = rows.mean(axis=0)
+    _, singular, axes = np.linalg.svd(rows - mean, full_matrices=False)
+    return mean, singular[:, None] * axes / np.sqrt(max(1, len(rows) - 1))
+
+
+def _of_length_1(rows: Directions) -> Directions:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)

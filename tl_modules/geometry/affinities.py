@@ -230,11 +230,18 @@ def geometric_neighbours(directions: Directions, n_neighbours: int = 50) -> spar
     """
     check_integer("n_neighbours", n_neighbours, least=1)
     unit, parts = unit_directions(directions), []
+    n_nearest = min(n_neighbours, len(unit) - 1)
     for start in range(0, len(unit), _ROWS_AT_A_TIME):
-        cosines = np.clip(unit[start : start + _ROWS_AT_A_TIME] @ unit.T, -1, 1)
-        near = sparse.csr_array(1 - np.arccos(cosines) / np.pi)
-        parts.append(_nearest(near, start, n_neighbours))
-    return _either(sparse.vstack(parts, format="csr"))
+        cosines = unit[start : start + _ROWS_AT_A_TIME] @ unit.T
+        rows = np.arange(len(cosines))
+        cosines[rows, start + rows] = -np.inf
+        nearest = np.argpartition(cosines, -n_nearest, axis=1)[:, len(unit) - n_nearest :]
+        near = 1 - np.arccos(np.clip(np.take_along_axis(cosines, nearest, axis=1), -1, 1)) / np.pi
+        ends = n_nearest * np.arange(len(cosines) + 1)
+        parts.append(sparse.csr_array((near.ravel(), nearest.ravel(), ends), shape=cosines.shape))
+    graph = _either(sparse.vstack(parts, format="csr"))
+    graph.eliminate_zeros()
+    return graph
 
 
 def unit_directions(directions: Directions) -> Float[np.ndarray, "unit d_model"]:

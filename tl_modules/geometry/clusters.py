@@ -16,9 +16,11 @@ import plotly
 from jaxtyping import Float, Int
 
 from tl_modules._checks import check_choice, refuse
+from tl_modules.geometry._agreement import keys_of, sites_of
 from tl_modules.geometry._compared import (
     Settings,
     by_frequency,
+    check_affinities,
     check_numbers,
     compared,
     geometric_labels,
@@ -28,6 +30,7 @@ from tl_modules.geometry._compared import (
     spread,
     taking_part,
 )
+from tl_modules.geometry._probe import unprobed
 from tl_modules.geometry.affinities import as_rows
 from tl_modules.geometry.counting import Cooccurrence
 
@@ -37,7 +40,7 @@ class Lobes:
     """Units in groups that fire together, and how far these are groups that lie together.
 
     Args:
-        labels: the lobe of each unit of `co`; -1 for units that were dropped.
+        labels: the lobe of each unit of `co`; -1 for units that were dropped, or are near no other.
         geometric_labels: the same by the angle of their directions; all -1 without directions.
         affinity: by which measure.
         n_lobes: how many.
@@ -46,10 +49,13 @@ class Lobes:
         accuracy: balanced accuracy of a lobe told from a direction, cross-validated; nan if not asked for.
         ami_frequency: adjusted mutual information of lobes with tenths of units by how often they are on:
             where it is large, lobes are about frequency.
+        unprobed: lobes of fewer than 5 units, which the probe leaves out.
         nulls: a row for each null of `ami`, and of `accuracy` where its name begins with "probe": n (draws),
-            found, mean, sd, z and p = (1 + draws that reach what was found) / (1 + n).
-        dropped: how many units were dropped, by reason.
-        source: the settings.
+            found, mean, sd, z and p = (1 + draws that reach what was found) / (1 + n); nan where the probe
+            could not be run on all.
+        dropped: how many units are in no lobe, by reason.
+        source: the settings; `n_components` says into how many parts a sparse graph falls by itself: where
+            these are more than the lobes, it is arbitrary which of them share one.
 
     Example:
         >>> bits = np.random.default_rng(0).random((200, 12)) < np.kron(np.eye(2), np.full((100, 6), 0.6))
@@ -66,6 +72,7 @@ class Lobes:
     ami: float
     accuracy: float
     ami_frequency: float
+    unprobed: int
     nulls: pd.DataFrame
     dropped: Mapping[str, int]
     source: Mapping[str, Any]
@@ -91,7 +98,7 @@ class Lobes:
             >>> won[:3] == won[0], won[0] != won[3]
             (array([ True,  True,  True]), np.True_)
         """
-        if list(co.units["label"]) != list(self.units["label"]):
+        if list(keys_of(co.units, self.units)) != list(keys_of(self.units, co.units)):
             refuse("co", got="other units", want="the units of these lobes")
         member = self.labels[:, None] == np.arange(self.n_lobes)
         share = (co.bits @ member.astype(np.float64)) / np.maximum(self.sizes, 1)
@@ -126,16 +133,16 @@ class Lobes:
         table["majority"] = won.to_numpy().argmax(axis=1)
         return table.rename_axis(index=by, columns=None)
 
-    def plot(self, places: Any) -> plotly.graph_objects.Figure:
+    def plot(self, places: Any, method: str | None = None) -> plotly.graph_objects.Figure:
         """A map of the units, coloured by lobe; see `tl_modules.viz.geometry_lobes.lobe_map`.
 
         Args:
-            places: directions [unit, d_model], shown by their first two principal components; or places
-                [unit, 2] of your own making, such as a UMAP.
+            places: directions [unit, d_model], or places [unit, 2] of your own making.
+            method: "pca" or "umap" for directions; None for principal components, and for your own places.
         """
         from tl_modules.viz.geometry_lobes import lobe_map
 
-        return lobe_map(self, places)
+        return lobe_map(self, places, method)
 
     def __repr__(self) -> str:
         n_units = int((self.labels >= 0).sum())
@@ -167,10 +174,14 @@ def lobes(
     permuted; permuted within tenths of the units by how often they are on, which keeps what frequency alone
     explains; and random directions, clustered anew. With few draws z is an extrapolation: read p as well.
 
+    Units of several sites (layer and hook point, and SAE) are alike within each, by firing and by direction.
+    So labels are permuted within sites, tenths are those of a site, and random directions have the mean and
+    covariance of their site: what the sites alone explain is in every null, not in AMI itself.
+
     Args:
         co: which units are on in which blocks.
         n_lobes: how many lobes.
-        affinity: "phi", "jaccard", "dice", "overlap" or "simple_matching".
+        affinity: "phi", "jaccard", "dice", "overlap" or, for the dense matrix, "simple_matching".
         directions: [unit, d_model], one for each unit of `co`, such as `basis.write_directions(model)`.
         min_blocks: units on in fewer blocks, or in all, are dropped.
         n_neighbours: edges of each unit in a sparse graph; None for the dense matrix, refused beyond memory.
@@ -194,11 +205,12 @@ def lobes(
         (1.0, ['permuted', 'within firing deciles', 'random directions'])
     """
     settings = Settings(min_blocks, n_neighbours, n_permutations, n_random, n_probe, random_state)
+    check_affinities("affinity", [affinity], sparse=n_neighbours is not None)
     kept, dropped = taking_part(co, directions, min_blocks)
-    check_numbers([n_lobes], [affinity], int(kept.sum()))
+    check_numbers([n_lobes], int(kept.sum()))
     part = co.of_units(kept)
-    labels = lobe_labels(part, affinity, [n_lobes], settings)[n_lobes]
-    scores = _unknown()
+    by_number, components = lobe_labels(part, affinity, [n_lobes], settings)
+    labels, scores = by_number[n_lobes], _unknown()
     if directions is not None:
         scores = _scores(part, labels, as_rows(directions)[kept], n_lobes, settings)
     return Lobes(
@@ -208,8 +220,9 @@ def lobes(
         n_lobes=n_lobes,
         units=co.units,
         ami_frequency=by_frequency(labels, part.counts),
-        dropped=dropped,
-        source={**co.source, **vars(settings)},
+        unprobed=unprobed(labels),
+        dropped=dropped | {"isolated": int((labels < 0).sum())},
+        source={**co.source, **vars(settings), "n_components": components},
         **scores,
     )
 
@@ -226,10 +239,11 @@ def _scores(
     n_lobes: int,
     settings: Settings,
 ) -> dict[str, Any]:
+    sites = sites_of(co.units)
     lying = geometric_labels(directions, [n_lobes], settings)[n_lobes]
-    random = [draw[n_lobes] for draw in random_labels(directions.shape, [n_lobes], settings)]
-    ami, nulls = compared(labels, lying, co.counts, random, settings)
-    accuracy, of_probe = probed(directions, labels, settings)
+    random = [draw[n_lobes] for draw in random_labels(directions, sites, [n_lobes], settings)]
+    ami, nulls = compared(labels, lying, co.counts, sites, random, settings)
+    accuracy, of_probe = probed(directions, labels, sites, settings)
     together = [table for table in (nulls, of_probe) if len(table)]
     nulls = pd.concat(together, ignore_index=True) if together else nulls
     return {"lying": lying, "ami": ami, "accuracy": accuracy, "nulls": nulls}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,37 +25,16 @@ from tl_modules._weights import weights_checksum
 from tl_modules.activations import UnitActivations
 from tl_modules.bases import as_basis
 from tl_modules.collection import default_batch_tokens, digest_of, warn_of_length
-from tl_modules.geometry._blocks import BlockPass, Layout, calibrated, lay_out
+from tl_modules.geometry._blocks import BlockPass, in_first_half, lay_out
 from tl_modules.geometry._pairs import Pairs
+from tl_modules.geometry.thresholds import Quantile, checked_threshold, recorded, thresholds_of
 from tl_modules.host import describe
-from tl_modules.prompts import read_prompts
-from tl_modules.sites import Basis, Site, units_of
+from tl_modules.prompts import Prompts, read_prompts
+from tl_modules.sites import Basis, units_of
 from tl_modules.tokens import TokenSettings, tokenize
 
 BLOCK = 256
 """Counted tokens in a block, as the paper has it."""
-FEATURE_THRESHOLD = 1.0
-"""Above this a feature is on, as the paper has it for Gemma Scope."""
-
-
-class Quantile(NamedTuple):
-    """A threshold for each unit: the quantile `q` of its largest |value| in a block, over some blocks.
-
-    Each unit is then on in a share 1 - q of the blocks, whatever the size of its values.
-
-    Example:
-        >>> Quantile(0.9).n_blocks
-        128
-    """
-
-    q: float
-    """From 0 to 1."""
-    n_blocks: int = 128
-    """Blocks to take it from; fewer if the texts have fewer."""
-
-
-DEFAULT_QUANTILE = Quantile(0.75)
-"""For units that are not features."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,7 +46,7 @@ class Cooccurrence:
             `units` the units, its `source` the settings. `find_modules` decomposes it as any activations.
 
     Raises:
-        InputError: a matrix that is dense or holds anything else than 0 and 1.
+        InputError: a matrix that is dense, empty or holds anything else than 0 and 1.
 
     Example:
         >>> co = Cooccurrence.from_bits(np.array([[1, 1, 0], [1, 0, 0], [0, 1, 1]]))
@@ -80,6 +59,8 @@ class Cooccurrence:
     def __post_init__(self) -> None:
         if not self.acts.is_sparse or not np.all(self.bits.data == 1):
             refuse("acts", got="other values", want="a CSR matrix of 0 and 1", cure="Use from_bits.")
+        if 0 in self.bits.shape:
+            refuse("acts", got=f"shape {self.bits.shape}", want="at least one block and one unit")
 
     @classmethod
     def from_bits(
@@ -97,11 +78,14 @@ class Cooccurrence:
             blocks: a row a block; None for blocks without a text.
             source: where they come from; anything that JSON can hold.
 
+        Raises:
+            InputError: not a matrix of finite numbers, or an empty one.
+
         Example:
             >>> Cooccurrence.from_bits(np.eye(4)).n_blocks
             4
         """
-        X = sparse.csr_array(bits, copy=True)
+        X = _as_csr(bits)
         X.sum_duplicates()
         X.eliminate_zeros()
         X = sparse.csr_array((np.ones(X.nnz, np.float32), X.indices, X.indptr), shape=X.shape)
@@ -178,6 +162,29 @@ class Cooccurrence:
         """
         return Cooccurrence(self.acts[:, chosen])
 
+    def halves(self, random_state: int = 0) -> tuple[Cooccurrence, Cooccurrence]:
+        """The blocks in two halves, by text: what was found in one is judged in the other.
+
+        All blocks of a text are in the same half, and so are those of equal texts. Each half has as many
+        texts of each category, if known, give or take one.
+
+        Args:
+            random_state: which texts go where.
+
+        Raises:
+            InputError: fewer than 2 different texts.
+
+        Example:
+            >>> one, other = Cooccurrence.from_bits(np.eye(4)).halves()
+            >>> one.n_blocks, other.n_blocks, one.counts + other.counts
+            (2, 2, array([1, 1, 1, 1]))
+        """
+        check_integer("random_state", random_state, least=0)
+        first = in_first_half(self.blocks, random_state)
+        if first.all():
+            refuse("co", got="blocks of a single text", want="at least 2 different texts")
+        return Cooccurrence(self.acts[first, :]), Cooccurrence(self.acts[~first, :])
+
     def save(self, path: str | Path) -> None:
         """Write a folder, as `UnitActivations.save`."""
         self.acts.save(path)
@@ -204,6 +211,19 @@ class Cooccurrence:
 
     def _repr_html_(self) -> str:
         return f"<pre>{self!r}</pre>"
+
+
+def _as_csr(bits: Any) -> sparse.csr_array:
+    want = "a matrix [block, unit] of finite numbers"
+    given = bits if sparse.issparse(bits) else np.asarray(bits)
+    if given.ndim != 2 or 0 in given.shape:
+        refuse("bits", got=f"shape {given.shape}", want=want)
+    if given.dtype.kind not in "biuf":
+        refuse("bits", got=f"values of type {given.dtype}", want=want)
+    X = sparse.csr_array(given, copy=True)
+    if not np.isfinite(X.data).all():
+        refuse("bits", got="values that are not finite", want=want)
+    return X
 
 
 def _unnamed_units(n_units: int) -> pd.DataFrame:
@@ -289,12 +309,13 @@ def cooccurrence(
     """
     check_integer("block", block, least=1)
     check_choice("tail", tail, ["drop", "keep"])
-    _check_threshold(threshold)
+    threshold = checked_threshold(threshold)
     basis = as_basis(basis)
     sites = basis.sites(model)
-    prepend_bos = basis.prepend_bos if prepend_bos is None else prepend_bos
-    settings = TokenSettings(chat, True, max_length, prepend_bos=prepend_bos)
-    tokenized = tokenize(model, read_prompts(prompts), settings)
+    texts = read_prompts(prompts)
+    asked = basis.prepend_bos if prepend_bos is None else prepend_bos
+    settings = TokenSettings(chat, True, max_length, prepend_bos=_prepend_bos(model, asked, texts, chat))
+    tokenized = tokenize(model, texts, settings)
     warn_of_length(basis.context_size, int(tokenized.samples["n_tokens"].max()))
     layout = lay_out(tokenized, block, tail == "keep")
     source = describe(model).source()
@@ -304,7 +325,7 @@ def cooccurrence(
         "counted_in": "blocks",
         "block": block,
         "tail": tail,
-        "threshold": [*threshold] if isinstance(threshold, Quantile) else threshold,
+        "threshold": recorded(sites, threshold),
         "batch_tokens": batch_tokens,
         "n_texts": len(tokenized.tokens),
         "n_blocks": len(layout.sample),
@@ -320,40 +341,18 @@ def cooccurrence(
     rows = (
         SparseRowsInMemory(shape, source) if store is None else SparseRowsOnDisk(Path(store), shape, source)
     )
-    thresholds = _thresholds(sites, threshold, blocks, layout, batch_tokens, progress)
+    thresholds = thresholds_of(sites, threshold, blocks, layout, batch_tokens, progress)
     _run(blocks, rows, thresholds, batch_tokens, progress)
     samples = tokenized.samples.iloc[layout.sample].reset_index(drop=True)
     samples = samples.assign(n_tokens=layout.n_tokens, sample=layout.sample, block=layout.number)
     return Cooccurrence(rows.finish(samples, units.assign(threshold=thresholds)))
 
 
-def _check_threshold(threshold: Any) -> None:
-    if isinstance(threshold, Quantile):
-        if not 0 <= threshold.q <= 1:
-            refuse("threshold", got=repr(threshold), want="a quantile from 0 to 1")
-        check_integer("threshold", threshold.n_blocks, least=2)
-    elif threshold is not None and not threshold >= 0:
-        refuse("threshold", got=repr(threshold), want="0 or more")
-
-
-def _thresholds(
-    sites: list[Site],
-    threshold: float | Quantile | None,
-    blocks: BlockPass,
-    layout: Layout,
-    batch_tokens: int,
-    progress: bool,
-) -> Float[np.ndarray, " unit"]:
-    """Each unit's own, float32."""
-    features = np.repeat([site.sparse for site in sites], [site.n_units for site in sites])
-    quantile = DEFAULT_QUANTILE if threshold is None else threshold
-    fixed = np.full(len(features), FEATURE_THRESHOLD, np.float32)
-    if threshold is None and features.all():
-        return fixed
-    if not isinstance(quantile, Quantile):
-        return np.full(len(features), quantile, np.float32)
-    own = calibrated(blocks, layout, *quantile, batch_tokens, progress)
-    return np.where(features, fixed, own) if threshold is None else own
+def _prepend_bos(model: Any, asked: bool | None, prompts: Prompts, chat: bool | str | None) -> bool | None:
+    """What None comes to; None where nothing would be put in front anyway."""
+    if asked is not None or prompts.kind != "text" or chat:
+        return asked
+    return bool(getattr(model.cfg, "default_prepend_bos", True))
 
 
 def _run(

@@ -7,6 +7,7 @@ with shrinkage of Ledoit and Wolf 2004.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from tl_modules._checks import check_integer, refuse
 from tl_modules.geometry._clouds import as_points
+from tl_modules.geometry._saved import load_result, save_result
 
+FORMAT = "tl-modules/distractors"
+ARRAYS = ("signal_basis", "scalings", "eigvals")
 _FLOOR = 1e-10
 """Of the variance within relations, as a share of all variance."""
 
@@ -49,6 +53,8 @@ class Distractors:
     def project(self, x: Any) -> Any:
         """The signal part of vectors: same shape, same type; arrays come back as float64.
 
+        Tensors of whole numbers come back in torch's default type.
+
         Args:
             x: [..., dimension], array or tensor.
 
@@ -64,6 +70,7 @@ class Distractors:
         """
         self._check(x)
         if isinstance(x, Tensor):
+            x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
             basis = torch.as_tensor(self.signal_basis, dtype=x.dtype, device=x.device)
             return x @ basis @ basis.T
         return np.asarray(x, dtype=np.float64) @ self.signal_basis @ self.signal_basis.T
@@ -82,6 +89,31 @@ class Distractors:
         shape = tuple(np.shape(x))
         if shape[-1:] != self.signal_basis.shape[:1]:
             refuse("x", got=f"the shape {shape}", want=f"vectors of {len(self.signal_basis)} numbers")
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder (npy, JSON), whole or not at all; replaces an older one.
+
+        Raises:
+            InputError: `path` holds something else.
+        """
+        arrays, facts = self.parts()
+        save_result(path, FORMAT, tables={}, arrays=arrays, facts=facts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Distractors:
+        """Read a folder that `save` wrote.
+
+        Raises:
+            FileFormatError: not such a folder, or a part is missing, truncated or corrupted.
+        """
+        _, arrays, facts = load_result(path, FORMAT)
+        fields: dict[str, Any] = {**arrays, **facts}
+        return cls(**fields)
+
+    def parts(self) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Arrays and numbers by the names of the fields, to save and to make it from."""
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        return arrays, {"shrinkage": self.shrinkage, "n_fitted": self.n_fitted}
 
     def __repr__(self) -> str:
         told = f"{self.n_keep} of {len(self.signal_basis)} dimensions kept, {self.n_fitted} differences"
@@ -123,6 +155,7 @@ def fit_distractors(
     from scipy.linalg import solve_triangular
 
     cloud = as_points("differences", differences)
+    check_shrinkage(shrinkage)
     code = _codes(labels, len(cloud))
     n_relations = int(code.max()) + 1
     most = min(n_relations - 1, cloud.shape[1])
@@ -137,6 +170,17 @@ def fit_distractors(
     modes = solve_triangular(root, left[:, :kept], lower=True, trans="T")
     basis, _ = np.linalg.qr(modes)
     return Distractors(basis, modes, singular[:most] ** 2, used, len(cloud))
+
+
+def check_shrinkage(shrinkage: Any) -> None:
+    """Refuse what is no share, and None, which asks for an estimate.
+
+    Raises:
+        InputError: neither None nor a number from 0 to 1.
+    """
+    number = isinstance(shrinkage, (int, float, np.number)) and not isinstance(shrinkage, bool)
+    if shrinkage is not None and not (number and 0 <= shrinkage <= 1):
+        refuse("shrinkage", got=repr(shrinkage), want="a number from 0 to 1, or None")
 
 
 def _codes(labels: Any, n: int) -> np.ndarray:
@@ -160,8 +204,6 @@ def _shrunk(
         from sklearn.covariance import ledoit_wolf_shrinkage
 
         shrinkage = max(float(ledoit_wolf_shrinkage(residuals, assume_centered=True)), _FLOOR)
-    if isinstance(shrinkage, bool) or not 0 <= shrinkage <= 1:
-        refuse("shrinkage", got=repr(shrinkage), want="a number from 0 to 1, or None")
     if shrinkage == 0 and freedom < d:
         want = f"more than 0 with {len(residuals)} differences of {d} numbers"
         refuse("shrinkage", got=shrinkage, want=want, cure="Leave it out.")

@@ -11,10 +11,13 @@ import pandas as pd
 import plotly
 from tqdm.auto import tqdm
 
+from tl_modules.geometry._agreement import sites_of
 from tl_modules.geometry._compared import (
     ByNumber,
     Settings,
     by_frequency,
+    check_affinities,
+    check_list,
     check_numbers,
     compared,
     geometric_labels,
@@ -24,10 +27,12 @@ from tl_modules.geometry._compared import (
     spread,
     taking_part,
 )
+from tl_modules.geometry._probe import unprobed
 from tl_modules.geometry.affinities import AFFINITIES, as_rows
 from tl_modules.geometry.counting import Cooccurrence
 
 _SHORT = {"permuted": "", "within firing deciles": "_deciles", "random directions": "_random"}
+_SHORT |= {"probe, permuted": "_probe", "probe, random directions": "_probe_gaussian"}
 """What the columns of each null end in."""
 
 
@@ -36,14 +41,16 @@ class LobeTable:
     """Agreement of lobes with geometry, by affinity and number of lobes.
 
     Args:
-        table: a row each: affinity, n_lobes, smallest (units in the smallest lobe), ami, ami_frequency;
+        table: a row each: affinity, n_lobes, smallest (units in the smallest lobe), isolated (units near no
+            other, which are left out), n_components (of a sparse graph; see `Lobes`), ami, ami_frequency;
             null_mean, z and p with labels permuted; the same ending in _deciles within tenths by frequency,
             in _random for random directions; and, if asked for, accuracy of the probe, with the same ending
-            in _probe against permuted directions.
+            in _probe against permuted directions and in _probe_gaussian against random ones, and unprobed
+            (lobes of fewer than 5 units, which the probe leaves out).
         labels: the lobes themselves, by affinity and number; -1 for dropped units.
         geometric_labels: the geometric clusters, by number.
         units: the table of units.
-        dropped: how many units were dropped, by reason.
+        dropped: how many units are in no lobe of any affinity, by reason.
         source: the settings.
 
     Example:
@@ -85,7 +92,7 @@ def lobe_table(
     co: Cooccurrence,
     directions: Any,
     n_lobes: Sequence[int] = (2, 4, 8, 16, 32, 64, 128),
-    affinities: Sequence[str] = tuple(AFFINITIES),
+    affinities: Sequence[str] | None = None,
     *,
     min_blocks: int = 2,
     n_neighbours: int | None = None,
@@ -103,7 +110,7 @@ def lobe_table(
         co: which units are on in which blocks.
         directions: [unit, d_model], one for each unit of `co`.
         n_lobes: numbers of lobes.
-        affinities: by which measures; see `lobes`.
+        affinities: by which measures; see `lobes`. None for all, without simple matching in a sparse graph.
         min_blocks: as in `lobes`.
         n_neighbours: as in `lobes`.
         n_permutations: as in `lobes`.
@@ -121,26 +128,31 @@ def lobe_table(
         >>> lobe_table(Cooccurrence.from_bits(np.eye(9)), np.eye(9), [2], ["ph"], min_blocks=1)
         Traceback (most recent call last):
         ...
-        tl_modules._checks.InputError: affinity: got 'ph', expected one of ... Did you mean 'phi'?
+        tl_modules._checks.InputError: affinities: got 'ph', expected one of ... Did you mean 'phi'?
     """
     settings = Settings(min_blocks, n_neighbours, n_permutations, n_random, n_probe, random_state)
+    sparse = n_neighbours is not None
+    kinds = [kind for kind in AFFINITIES if not sparse or kind != "simple_matching"]
+    kinds = check_affinities("affinities", kinds if affinities is None else affinities, sparse=sparse)
+    listed = check_list("n_lobes", n_lobes)
     kept, dropped = taking_part(co, directions, min_blocks)
-    numbers = check_numbers(sorted(set(n_lobes)), affinities, int(kept.sum()))
+    numbers = sorted(set(check_numbers(listed, int(kept.sum()))))
     part, rows = co.of_units(kept), as_rows(directions)[kept]
     lying = geometric_labels(rows, numbers, settings)
-    random = random_labels(rows.shape, numbers, settings)
+    random = random_labels(rows, sites_of(part.units), numbers, settings)
     found = {
         kind: lobe_labels(part, kind, numbers, settings)
-        for kind in tqdm(affinities, "affinities", disable=not progress)
+        for kind in tqdm(kinds, "affinities", disable=not progress)
     }
     lines = [
-        _line(kind, k, part, rows, labels[k], lying[k], random, settings)
-        for kind, labels in found.items()
+        {"affinity": kind, "n_lobes": k, **_sizes(labels[k], components)}
+        | _line(k, part, rows, labels[k], lying[k], random, settings)
+        for kind, (labels, components) in found.items()
         for k in numbers
     ]
     return LobeTable(
         table=pd.DataFrame(lines),
-        labels={(kind, k): spread(own[k], kept) for kind, own in found.items() for k in numbers},
+        labels={(kind, k): spread(own[k], kept) for kind, (own, _) in found.items() for k in numbers},
         geometric_labels={k: spread(lying[k], kept) for k in numbers},
         units=co.units,
         dropped=dropped,
@@ -148,8 +160,12 @@ def lobe_table(
     )
 
 
+def _sizes(labels: np.ndarray, components: int | None) -> dict[str, Any]:
+    smallest, isolated = int(np.bincount(labels[labels >= 0]).min()), int((labels < 0).sum())
+    return {"smallest": smallest, "isolated": isolated, "n_components": components or float("nan")}
+
+
 def _line(
-    kind: str,
     k: int,
     co: Cooccurrence,
     directions: np.ndarray,
@@ -158,20 +174,18 @@ def _line(
     random: list[ByNumber],
     settings: Settings,
 ) -> dict[str, Any]:
-    ami, nulls = compared(labels, lying, co.counts, [draw[k] for draw in random], settings)
-    line: dict[str, Any] = {
-        "affinity": kind,
-        "n_lobes": k,
-        "smallest": int(np.bincount(labels).min()),
-        "ami": ami,
-    }
-    for null in nulls.itertuples():
-        end = _SHORT[str(null.null)]
-        line |= {f"null_mean{end}": null.mean, f"z{end}": null.z, f"p{end}": null.p}
-    line["ami_frequency"] = by_frequency(labels, co.counts)
+    sites = sites_of(co.units)
+    ami, nulls = compared(labels, lying, co.counts, sites, [draw[k] for draw in random], settings)
+    line = {"ami": ami, **_columns(nulls), "ami_frequency": by_frequency(labels, co.counts)}
     if settings.n_probe:
-        accuracy, of_probe = probed(directions, labels, settings)
-        permuted = of_probe.set_index("null").loc["probe, permuted"]
-        line |= {"accuracy": accuracy, "null_mean_probe": permuted["mean"]}
-        line |= {"z_probe": permuted["z"], "p_probe": permuted["p"]}
+        accuracy, of_probe = probed(directions, labels, sites, settings)
+        line |= {"accuracy": accuracy, "unprobed": unprobed(labels)} | _columns(of_probe)
+    return line
+
+
+def _columns(nulls: pd.DataFrame) -> dict[str, float]:
+    line: dict[str, float] = {}
+    for name, null in nulls.set_index("null").iterrows():
+        end = _SHORT[str(name)]
+        line |= {f"null_mean{end}": null["mean"], f"z{end}": null["z"], f"p{end}": null["p"]}
     return line

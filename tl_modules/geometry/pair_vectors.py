@@ -22,6 +22,9 @@ from tl_modules.prompts import read_prompts
 from tl_modules.tokens import TokenSettings, tokenize
 
 BATCH_TOKENS = 1024
+_BY_PAIR = ("hook_pattern", "hook_attn_scores")
+"""Of pairs of positions: with as many heads as positions they would pass for vectors."""
+_WANTED = "a hook point with a vector for each position"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,7 +93,7 @@ def pair_differences(
 
     Raises:
         InputError: pairs that cannot be read, a start token that the tokenizer does not have, or a hook
-            point that the model does not have.
+            point that the model does not have or that has no vector for each position.
 
     Example:
         >>> pair_differences(None, [("up", "up")], "blocks.0.hook_resid_pre")
@@ -124,6 +127,9 @@ def read_at(
     check_integer("batch_tokens", batch_tokens, least=2)
     if not hook_names:
         refuse("hook_names", got="none", want="at least one hook point")
+    for name in hook_names:
+        if name.endswith(_BY_PAIR):
+            refuse("hook_name", got=repr(name), want=_WANTED)
     words, code = np.unique(table[["first", "second"]].to_numpy(str), return_inverse=True)
     texts = [f"{before}{word}" for word in words]
     settings = TokenSettings(prepend_bos=prepend_bos, exclude_special=False)
@@ -167,15 +173,17 @@ def _vectors(
     batches = plan(sequences, 0, batch_tokens)
     for members in tqdm(batches, desc="words", disable=not progress):
         batch = assemble(sequences, members, 0)
-        keep = {name: _keeper(batch, rows) for name, rows in found.items()}
+        keep = {name: _keeper(name, batch, rows) for name, rows in found.items()}
         with hooked(model, keep) as counter:
             forward(model, batch.tokens, batch.real)
         counter.check(1)
     return {name: np.stack([rows[i] for i in range(len(tokens))]) for name, rows in found.items()}
 
 
-def _keeper(batch: Batch, rows: dict[int, np.ndarray]) -> Callable[[Tensor], None]:
+def _keeper(hook_name: str, batch: Batch, rows: dict[int, np.ndarray]) -> Callable[[Tensor], None]:
     def keep(activation: Tensor) -> None:
+        if activation.shape[:2] != batch.tokens.shape:
+            refuse("hook_name", got=repr(hook_name), want=_WANTED)
         flat = activation.detach().flatten(2).double().cpu()
         last = flat[torch.arange(len(flat)), batch.counted.long().argmax(1)].numpy()
         rows.update({sample: last[row] for sample, row in batch.rows})
@@ -194,7 +202,7 @@ def feature_differences(
         names: of the units, such as `basis.units(model)["label"]`; None for their numbers.
 
     Raises:
-        InputError: no pairs, or rows that are not there.
+        InputError: no pairs, rows that are not there, or two units of one name.
 
     Example:
         >>> feature_differences(np.eye(4), {"next": [(0, 1), (2, 3)]}).differences
@@ -205,6 +213,14 @@ def feature_differences(
     told = [str(i) for i in range(len(cloud))] if names is None else [str(name) for name in names]
     if len(told) != len(cloud):
         refuse("names", got=f"{len(told)} names", want=f"{len(cloud)}, one a direction")
+    twice = pd.Index(told).duplicated()
+    if twice.any():
+        refuse(
+            "names",
+            got=f"{told[twice.argmax()]!r} twice",
+            want="different names",
+            cure="Add the name of the SAE.",
+        )
     rows = [(name, *_numbers(pair, len(cloud))) for name, own in pairs.items() for pair in own]
     table = read_pairs(pd.DataFrame([(r, told[a], told[b]) for r, a, b in rows], columns=list(COLUMNS)))
     first, second = (np.array([row[place] for row in rows]) for place in (1, 2))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,14 @@ from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
 from tl_modules._checks import check_choice, check_integer, refuse
-from tl_modules.geometry._clouds import as_points, gaussian_like
+from tl_modules.geometry._clouds import as_points, gaussian_like, unit_gaussian_like, unit_rows
+from tl_modules.geometry._saved import load_result, save_result
 
 SHAPES = ("trapezoid", "parallelogram")
-_ROWS = 1024
-"""Differences that are compared with all others at a time."""
+FORMAT = "tl-modules/quadruplets"
+_COMPARED = 1 << 22
+"""Differences times differences that are compared at a time."""
+_Q = 0.05
 _TRIED = 16
 """Nearest differences of each whose sides are looked at."""
 
@@ -42,8 +46,10 @@ class Quadruplets:
     settings: Mapping[str, Any]
     """How it was made; JSON-able. n_sampled differences, of n units."""
 
-    def found(self, q: float = 0.05, least_cosine: float = 0.8) -> pd.DataFrame:
+    def found(self, q: float = _Q, least_cosine: float = 0.8) -> pd.DataFrame:
         """The quadruplets that deserve the name and are not to be expected in a Gaussian cloud; often none.
+
+        A single one has q of 1 / (1 + n_clouds) at best: with few clouds it cannot be found, however good.
 
         Args:
             q: the largest share of those that a Gaussian cloud has too.
@@ -60,8 +66,31 @@ class Quadruplets:
             return f"No {shape}s: none of {n_sampled} differences has a partner."
         n = len(self.found())
         best, closer = self.table["cosine"].iloc[0], len(self.found(least_cosine=-1.0))
-        told = f"{n or 'No'} {shape}s (cosine >= 0.8, q <= 0.05) among {n_sampled} differences"
-        return f"{told}: best cosine {best:.2f}; {closer} closer than a Gaussian cloud explains."
+        told = f"{n or 'No'} {shape}s (cosine >= 0.8, q <= {_Q}) among {n_sampled} differences"
+        told += f": best cosine {best:.2f}; {closer} closer than a Gaussian cloud explains."
+        least, n_clouds = 1 / (1 + self.settings["n_clouds"]), self.settings["n_clouds"]
+        if least <= _Q:
+            return told
+        return f"{told} With {n_clouds} clouds a single one cannot be found: its q is {least:.2g} at best."
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder (Parquet, JSON), whole or not at all; replaces an older one.
+
+        Raises:
+            InputError: `path` holds something else.
+        """
+        facts = {"settings": dict(self.settings)}
+        save_result(path, FORMAT, tables={"table": self.table}, facts=facts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Quadruplets:
+        """Read a folder that `save` wrote.
+
+        Raises:
+            FileFormatError: not such a folder, or a part is missing, truncated or corrupted.
+        """
+        tables, _, facts = load_result(path, FORMAT)
+        return cls(**tables, settings=facts["settings"])
 
     def __len__(self) -> int:
         return len(self.table)
@@ -82,7 +111,7 @@ def find_quadruplets(
     n_pairs: int = 4000,
     n_neighbors: int = 10,
     least_side: float | int = 1.0,
-    n_clouds: int = 10,
+    n_clouds: int = 39,
     unit_norm: bool = True,
     names: Any = None,
     random_state: int = 0,
@@ -92,9 +121,10 @@ def find_quadruplets(
 
     Pairs of units are sampled; for each difference the nearest other one, of either sign, is found, without
     any unit in common and with sides that are not short (two nearly equal units make a flat parallelogram
-    with anything). The same is done with Gaussian clouds of as many points and the same mean and covariance,
-    and the quadruplets are ranked by how many as good there are. Of a million pairs a small sample meets no
-    relation twice, unless its pairs lie close: so by default they are drawn among near neighbours.
+    with anything). The same is done with Gaussian clouds of as many points and the same mean and covariance
+    (with unit_norm=True: Gaussian points divided by their lengths, which then have these moments), and the
+    quadruplets are ranked by how many as good there are. Of a million pairs a small sample meets no relation
+    twice, unless its pairs lie close: so by default they are drawn among near neighbours.
 
     Args:
         directions: [unit, d_model], such as `basis.write_directions(model)`.
@@ -106,7 +136,7 @@ def find_quadruplets(
         least_side: least distance of a and c, and of b and d, over the mean length of the differences. From 1
             on, pairs are closer than what they are compared with, as words of a relation are, and each
             quadruplet is read one way only. The less, the more near doubles count.
-        n_clouds: Gaussian clouds.
+        n_clouds: Gaussian clouds. With fewer than 19 a single quadruplet cannot be found.
         unit_norm: divide each direction by its length first, the clouds' too.
         names: of the units, such as `basis.units(model)["label"]`; None for their numbers.
         random_state: the same number gives the same answer.
@@ -119,7 +149,7 @@ def find_quadruplets(
     Example:
         >>> noise = np.random.default_rng(0).normal(size=(60, 8))
         >>> find_quadruplets(noise, n_clouds=3, progress=False).verdict
-        'No trapezoids (cosine >= 0.8, q <= 0.05) among ... differences: best cosine ...'
+        'No trapezoids (cosine >= 0.8, q <= 0.05) among ... differences: best cosine ... 0.25 at best.'
     """
     cloud = as_points("directions", directions, least=6)
     check_choice("shape", shape, SHAPES)
@@ -135,22 +165,15 @@ def find_quadruplets(
         refuse("names", got=f"the shape {told.shape}", want=f"{len(cloud)}, one a direction")
     rng = np.random.default_rng(check_integer("random_state", random_state, least=0))
     search = _Search(shape, sample, n_pairs, n_neighbors, least_side)
-    scaled = _unit if unit_norm else np.asarray
-    cloud = scaled(cloud)
+    like = unit_gaussian_like if unit_norm else gaussian_like
+    cloud = unit_rows("directions", cloud) if unit_norm else cloud
     own, n_sampled = search.best(cloud, rng)
     clouds = tqdm(range(n_clouds), desc="clouds", disable=not progress)
-    null = [search.best(scaled(gaussian_like(cloud, rng)), rng)[0]["loss"].to_numpy() for _ in clouds]
+    null = [search.best(like(cloud, rng), rng)[0]["loss"].to_numpy() for _ in clouds]
     settings = {"shape": shape, "sample": sample, "n_neighbors": n_neighbors, "least_side": least_side}
     settings |= {"n_clouds": n_clouds, "unit_norm": unit_norm, "random_state": random_state}
     settings |= {"n": len(cloud), "n_pairs": n_pairs, "n_sampled": n_sampled}
     return Quadruplets(_ranked(own, np.sort(np.concatenate(null)), n_clouds, told), settings)
-
-
-def _unit(cloud: Directions) -> Directions:
-    length = np.linalg.norm(cloud, axis=1, keepdims=True)
-    if not length.all():
-        refuse("directions", got="a direction of length 0", want="none with unit_norm=True")
-    return np.asarray(cloud / length)
 
 
 @dataclass(frozen=True)
@@ -166,8 +189,12 @@ class _Search:
     def best(self, cloud: Directions, rng: np.random.Generator) -> tuple[pd.DataFrame, int]:
         """Each sampled difference's best partner, each quadruplet once; and how many were sampled."""
         pairs = self.sampled(cloud, rng)
-        starts = range(0, len(pairs), _ROWS)
-        parts = [self._partners(cloud, pairs, np.arange(len(pairs))[at : at + _ROWS]) for at in starts]
+        differences = cloud[pairs[:, 1]] - cloud[pairs[:, 0]]
+        step = max(1, _COMPARED // len(pairs))
+        parts = [
+            self._partners(cloud, pairs, differences, np.arange(len(pairs))[at : at + step])
+            for at in range(0, len(pairs), step)
+        ]
         found = pd.concat(parts, ignore_index=True)
         both = pd.DataFrame(np.sort(found[["own", "other"]].to_numpy(), axis=1))
         return found[~both.duplicated().to_numpy() & np.isfinite(found["loss"])], len(pairs)
@@ -183,16 +210,17 @@ class _Search:
         different = np.unique(np.sort(drawn, axis=1), axis=0)
         return np.asarray(different[np.sort(rng.permutation(len(different))[: self.n_pairs])])
 
-    def _partners(self, cloud: Directions, pairs: Pairs, rows: Int[np.ndarray, " row"]) -> pd.DataFrame:
+    def _partners(
+        self,
+        cloud: Directions,
+        pairs: Pairs,
+        difference: Float[np.ndarray, "pair dimension"],
+        rows: Int[np.ndarray, " row"],
+    ) -> pd.DataFrame:
         """For the differences `rows` the best of all others, the right way round or the other."""
-        difference = cloud[pairs[:, 1]] - cloud[pairs[:, 0]]
         length = np.linalg.norm(difference, axis=1)
         product = difference[rows] @ difference.T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            cosine = np.abs(product) / (length[rows, None] * length)
-            squared = length[rows, None] ** 2 + length**2 - 2 * np.abs(product)
-            error = 2 * np.sqrt(np.maximum(squared, 0)) / (length[rows, None] + length)
-        loss = 1 - cosine if self.shape == "trapezoid" else error
+        loss = self._loss(np.abs(product), length[rows, None], length)
         loss[_shared(pairs, rows) | ~np.isfinite(loss)] = np.inf
         near = np.argpartition(loss, min(_TRIED, len(pairs) - 1), axis=1)[:, :_TRIED]
         other = pairs[near]
@@ -201,10 +229,27 @@ class _Search:
         side = _sides(cloud, pairs[rows], other) / ((length[rows, None] + length[near]) / 2)
         tried = np.where(side >= self.least_side, np.take_along_axis(loss, near, 1), np.inf)
         place = (np.arange(len(rows)), tried.argmin(1))
-        at = (place[0], near[place])
-        values = {"loss": tried[place], "cosine": cosine[at], "error": error[at], "side": side[place]}
+        best = near[place]
+        both = np.abs(product[place[0], best]), length[rows], length[best]
+        values = {"loss": tried[place], "cosine": _cosine(*both), "error": _error(*both), "side": side[place]}
         units = dict(zip("abcd", [*pairs[rows].T, *other[place].T], strict=True))
-        return pd.DataFrame({"own": rows, "other": near[place]} | units | values)
+        return pd.DataFrame({"own": rows, "other": best} | units | values)
+
+    def _loss(self, product: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """From absolute dot products of differences and their lengths: the less, the better."""
+        if self.shape == "trapezoid":
+            return 1 - _cosine(product, own, other)
+        return _error(product, own, other)
+
+
+def _cosine(product: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(product / (own * other))
+
+
+def _error(product: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(2 * np.sqrt(np.maximum(own**2 + other**2 - 2 * product, 0)) / (own + other))
 
 
 def _nearest(cloud: Directions, n_neighbors: int) -> Int[np.ndarray, "unit neighbor"]:
@@ -212,8 +257,9 @@ def _nearest(cloud: Directions, n_neighbors: int) -> Int[np.ndarray, "unit neigh
     length = np.linalg.norm(cloud, axis=1, keepdims=True)
     unit = cloud / np.where(length > 0, length, 1)
     near = []
-    for start in range(0, len(unit), _ROWS):
-        cosine = unit[start : start + _ROWS] @ unit.T
+    step = max(1, _COMPARED // len(unit))
+    for start in range(0, len(unit), step):
+        cosine = unit[start : start + step] @ unit.T
         cosine[np.arange(len(cosine)), start + np.arange(len(cosine))] = -np.inf
         near.append(np.argpartition(-cosine, n_neighbors - 1, axis=1)[:, :n_neighbors])
     return np.concatenate(near)
@@ -223,9 +269,13 @@ def _sides(
     cloud: Directions, own: Pairs, other: Int[np.ndarray, "pair tried two"]
 ) -> Float[np.ndarray, "pair tried"]:
     """The shorter of the distances a - c and b - d."""
-    return np.minimum(
-        *(np.linalg.norm(cloud[own[:, None, end]] - cloud[other[:, :, end]], axis=2) for end in (0, 1))
-    )
+    squares = (cloud**2).sum(1)
+    found = []
+    for end in (0, 1):
+        one, others = own[:, end], other[:, :, end]
+        product = np.stack([(cloud[one] * cloud[place]).sum(1) for place in others.T], axis=1)
+        found.append(squares[one, None] + squares[others] - 2 * product)
+    return np.asarray(np.sqrt(np.maximum(np.minimum(*found), 0)))
 
 
 def _shared(pairs: Pairs, rows: Int[np.ndarray, " row"]) -> Bool[np.ndarray, "row pair"]:

@@ -38,7 +38,8 @@ def read_pairs(pairs: Any) -> pd.DataFrame:
         pairs: such a table; or a mapping from relation to pairs; or pairs alone, which are one relation.
 
     Raises:
-        InputError: no pairs, something else than pairs of words, an empty word, or a pair of equal words.
+        InputError: no pairs, something else than pairs of words, an empty word, a pair of equal words, or a
+            relation without a name.
 
     Example:
         >>> read_pairs({"opposite": [("up", "down"), ("left", "right")]})
@@ -55,13 +56,18 @@ def read_pairs(pairs: Any) -> pd.DataFrame:
         named = pairs if isinstance(pairs, dict) else {"pairs": pairs}
         rows = [(name, *_both(pair)) for name, own in named.items() for pair in own]
         table = pd.DataFrame(rows, columns=list(COLUMNS))
-    words = table[["first", "second"]].to_numpy().ravel()
-    if not len(words) or not all(isinstance(word, str) and word.strip() for word in words):
+    if not len(table) or not _named(table[["first", "second"]]):
         refuse("pairs", got="no pairs, or words that are no text", want="pairs of words")
+    if not _named(table[["relation"]]):
+        refuse("pairs", got="a relation that is no text", want="the name of each pair's relation")
     same = table["first"] == table["second"]
     if same.any():
         refuse("pairs", got=f"{table['first'][same].iloc[0]!r} with itself", want="two different words")
     return table
+
+
+def _named(table: pd.DataFrame) -> bool:
+    return all(isinstance(word, str) and word.strip() for word in table.to_numpy().ravel())
 
 
 def _both(pair: Any) -> tuple[Any, Any]:

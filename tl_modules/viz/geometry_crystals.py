@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tl_modules.geometry.crystals import MEASURES, Crystals
+from tl_modules.geometry._pair_scores import MEASURES
+from tl_modules.geometry.crystal_results import Crystals
 from tl_modules.viz.figure import Figure
 from tl_modules.viz.panels import GRID, PALETTE, canvas
 
@@ -15,19 +17,25 @@ _TITLES = {
     "analogy": "Analogies answered",
     "silhouette": "Silhouette of differences",
 }
-_KINDS = {
+_LINES = {
     "raw": (PALETTE[0], "solid", "as they are"),
+    "raw, shuffled": (PALETTE[0], "dot", "as they are, pairs shuffled; analogies: no offset"),
+    "raw, relations permuted": (PALETTE[0], "dash", "as they are, relation not theirs"),
     "signal": (PALETTE[1], "solid", "projected on the signal"),
+    "signal, shuffled": (PALETTE[1], "dot", "projected, pairs shuffled; analogies: no offset"),
+    "signal, relations permuted": (PALETTE[1], "dash", "projected, relation not theirs"),
     "random": (PALETTE[2], "dot", "projected at random"),
-    "raw, shuffled": (PALETTE[0], "dot", "as they are, pairs shuffled"),
-    "signal, shuffled": (PALETTE[1], "dot", "projected, pairs shuffled"),
 }
-"""Colour, dash and name of each line: solid what is measured, dotted what chance gives."""
-_MARGIN = {"l": 50, "r": 20, "t": 40, "b": 90}
+"""Colour, dash and name of each line: solid what is measured, dotted and dashed what chance gives."""
+_OF_ANALOGIES = {"shuffled": "analogy_nearest", "relations permuted": "analogy_other"}
+"""What an analogy is compared with instead: the word nearest to c, and an offset of another relation."""
+_MARGIN = {"l": 50, "r": 20, "t": 40, "b": 130}
 
 
 def crystal_lines(crystals: Crystals) -> Figure:
     """A panel a measure, hook points from left to right, a line a kind of vectors; all on held-out words.
+
+    Analogies are drawn beside what the word nearest to c answers and what offsets of other relations do.
 
     Example:
         >>> from tl_modules.geometry.crystals import crystal_scores
@@ -37,7 +45,7 @@ def crystal_lines(crystals: Crystals) -> Figure:
         >>> directions = np.random.default_rng(0).normal(size=(40, 8))
         >>> vectors = feature_differences(directions, {"one": pairs[0], "two": pairs[1]})
         >>> len(crystal_lines(crystal_scores(vectors, n_draws=2)).data)
-        20
+        28
     """
     table = crystals.summary()
     figure = make_subplots(
@@ -46,27 +54,34 @@ def crystal_lines(crystals: Crystals) -> Figure:
         subplot_titles=[_TITLES[measure] for measure in MEASURES],
         vertical_spacing=0.14,
         horizontal_spacing=0.08,
-        figure=canvas(560, _MARGIN),
+        figure=canvas(600, _MARGIN),
     )
     for place, measure in enumerate(MEASURES):
-        own = table[table["measure"] == measure]
-        for kind, (colour, dash, name) in _KINDS.items():
-            line = go.Scatter(
-                x=own["hook_name"].map(_short),
-                y=own[kind],
-                name=name,
-                mode="lines+markers",
-                line={"color": colour, "dash": dash, "width": 2 if dash == "solid" else 1.5},
-                marker={"size": 6 if dash == "solid" else 4},
-                legendgroup=kind,
-                showlegend=place == 0,
-                hovertemplate=f"%{{x}}<br>{name}: %{{y:.3f}}<extra></extra>",
-            )
+        for kind in _LINES:
+            line = _line(table, measure, kind).update(showlegend=place == 0)
             figure.add_trace(line, row=place // 2 + 1, col=place % 2 + 1)
     figure.update_xaxes(type="category", gridcolor=GRID, tickangle=0)
     figure.update_yaxes(gridcolor=GRID, zeroline=False)
     legend = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.1, "yanchor": "top"}
     return figure.update_layout(legend=legend)
+
+
+def _line(table: pd.DataFrame, measure: str, kind: str) -> go.Scatter:
+    colour, dash, name = _LINES[kind]
+    vectors, _, null = kind.partition(", ")
+    if measure == "analogy" and null:
+        measure, kind = _OF_ANALOGIES[null], vectors
+    own = table[table["measure"] == measure]
+    return go.Scatter(
+        x=own["hook_name"].map(_short),
+        y=own[kind],
+        name=name,
+        mode="lines+markers",
+        line={"color": colour, "dash": dash, "width": 2 if dash == "solid" else 1.5},
+        marker={"size": 6 if dash == "solid" else 4},
+        legendgroup=name,
+        hovertemplate=f"%{{x}}<br>{name}: %{{y:.3f}}<extra></extra>",
+    )
 
 
 def _short(hook_name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from tl_modules._checks import refuse
+from tl_modules._checks import MissingExtraError, check_choice, refuse
 from tl_modules.geometry.affinities import as_rows, unit_directions
 from tl_modules.geometry.clusters import Lobes
 from tl_modules.geometry.lobe_tables import LobeTable
@@ -20,6 +21,11 @@ _MARGIN = {"l": 60, "r": 20, "t": 20, "b": 60}
 _HEIGHT = 430
 _NAMES = {"phi": "φ", "simple_matching": "simple matching"}
 _ROW = 26
+_AXES = {
+    "own": ("", ""),
+    "pca": ("first principal component", "second principal component"),
+    "umap": ("UMAP 1", "UMAP 2"),
+}
 _MOST_NAMED = 12
 """Lobes that a legend still tells apart."""
 
@@ -69,16 +75,19 @@ def _line(table: pd.DataFrame, column: str, name: str, style: dict[str, Any]) ->
     )
 
 
-def lobe_map(lobes: Lobes, places: Any) -> Figure:
+def lobe_map(lobes: Lobes, places: Any, method: str | None = None) -> Figure:
     """A point for each unit, coloured by lobe; units that were dropped are left out.
 
     Args:
         lobes: the lobes.
-        places: directions [unit, d_model], shown by the first two principal components of the unit vectors;
-            or places [unit, 2] of your own making, such as a UMAP, shown as they are.
+        places: directions [unit, d_model], or places [unit, 2] of your own making.
+        method: "pca" shows directions by the first two principal components of the unit vectors, "umap" by
+            a UMAP of their angles (with the seed of the lobes), which is no part of the package: pip install
+            umap-learn. None shows your own places as they are, directions by "pca".
 
     Raises:
-        InputError: another number of rows than units.
+        InputError: another number of rows than units, or another method.
+        MissingExtraError: umap-learn is not installed.
 
     Example:
         >>> from tl_modules.geometry.counting import Cooccurrence
@@ -92,8 +101,11 @@ def lobe_map(lobes: Lobes, places: Any) -> Figure:
     if len(rows) != len(lobes.labels):
         refuse("places", got=f"{len(rows)} rows", want=f"one for each of the {len(lobes.labels)} units")
     kept = lobes.labels >= 0
-    own = rows[kept].shape[1] == 2
-    at = rows[kept] if own else _principal(unit_directions(rows[kept]))
+    if method is None:
+        method = "own" if rows.shape[1] == 2 else "pca"
+    else:
+        check_choice("method", method, ["pca", "umap"])
+    at = rows[kept] if method == "own" else _placed(unit_directions(rows[kept]), method, lobes)
     figure = canvas(_HEIGHT, _MARGIN)
     for lobe in range(lobes.n_lobes):
         here = lobes.labels[kept] == lobe
@@ -108,10 +120,25 @@ def lobe_map(lobes: Lobes, places: Any) -> Figure:
                 hovertemplate="%{text}<extra>%{fullData.name}</extra>",
             )
         )
-    names = ("", "") if own else ("first principal component", "second principal component")
+    names = _AXES[method]
     figure.update_xaxes(title=names[0], gridcolor=GRID, zeroline=False)
     figure.update_yaxes(title=names[1], gridcolor=GRID, zeroline=False)
     return figure.update_layout(showlegend=lobes.n_lobes <= _MOST_NAMED)
+
+
+def _placed(
+    unit: Float[np.ndarray, "unit d_model"], method: str, lobes: Lobes
+) -> Float[np.ndarray, "unit 2"]:
+    if method == "pca":
+        return _principal(unit)
+    try:
+        umap = import_module("umap")
+    except ImportError as error:
+        raise MissingExtraError(
+            "A map by UMAP needs umap, which is not installed: pip install umap-learn"
+        ) from error
+    mapper = umap.UMAP(n_components=2, metric="cosine", random_state=lobes.source["random_state"])
+    return np.asarray(mapper.fit_transform(unit), np.float64)
 
 
 def _principal(rows: Float[np.ndarray, "unit d_model"]) -> Float[np.ndarray, "unit 2"]:

@@ -1,0 +1,272 @@
+"""Compactness: do the units of a group write directions that are alike, beyond what chance gives?
+
+Source of the question: Li et al., "The Geometry of Concepts" (arXiv 2410.19750), which asks it of lobes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from tl_modules._checks import check_choice, check_integer, refuse
+from tl_modules.geometry._agreement import against_null, deciles_of, permuted_within
+from tl_modules.geometry._compared import null_rows
+from tl_modules.geometry._probe import probe_accuracy, probe_nulls
+from tl_modules.geometry.affinities import unit_directions
+
+Labels = Int[np.ndarray, " unit"]
+_WHOLE = "all"
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Sums over the pairs of each group in one layer, or in all of them."""
+
+    sums: Float[np.ndarray, "draw group"]
+    """The first draw is what was found."""
+    n_units: Int[np.ndarray, " group"]
+    n_pairs: Int[np.ndarray, " group"]
+
+    def __add__(self, other: _Pairs) -> _Pairs:
+        return _Pairs(self.sums + other.sums, self.n_units + other.n_units, self.n_pairs + other.n_pairs)
+
+
+def compactness(
+    labels: Any,
+    directions: Any,
+    layers: Any = None,
+    *,
+    counts: Any = None,
+    measure: str = "cosine",
+    n_permutations: int = 200,
+    random_state: int = 0,
+) -> pd.DataFrame:
+    """Do the units of groups write directions that are alike, beyond what chance gives?
+
+    The mean cosine over all pairs of units of the same group and layer, against the same after labels are
+    permuted among the labelled units of each layer. Pairs count alike, so a group counts by the square of its
+    size: `compactness_by_group` has a row for each.
+
+    Args:
+        labels: the group of each unit: `modules.unit_labels` or `lobes.labels`; -1 for none.
+        directions: [unit, d_model], of any length.
+        layers: the layer (or whatever is to be kept apart) of each unit; None for one.
+        counts: how often each unit is on, such as `co.counts`: labels are then permuted among units of a
+            layer that are on about as often (its tenths), which keeps what frequency alone explains.
+        measure: "cosine", or "squared", where opposite directions count as alike, which suits units whose
+            values have both signs, such as gated neurons.
+        n_permutations: draws of the null.
+        random_state: its seed.
+
+    Returns:
+        A row for each layer and one, "all", for the pairs of all layers together: layer, n_units, n_groups
+        (with a pair there), n_pairs, within, null_mean, null_sd, z and p. Layers without a pair are left out.
+
+    Raises:
+        InputError: lengths that differ, a direction of length 0, or no pair of units in any group.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat([0, 1], 20)
+        >>> table = compactness(labels, np.eye(2, 8)[labels] + 0.3 * rng.normal(size=(40, 8)))
+        >>> table[["layer", "n_pairs", "p"]]
+          layer  n_pairs      p
+        0     0      380  0.005
+        1   all      380  0.005
+    """
+    given = _Given.of(labels, directions, layers, counts)
+    by_layer = _drawn(given, measure, n_permutations, random_state)
+    return pd.DataFrame(
+        [
+            {
+                "layer": layer,
+                "n_units": int(pairs.n_units.sum()),
+                "n_groups": int((pairs.n_pairs > 0).sum()),
+                **_row(pairs.sums.sum(axis=1), int(pairs.n_pairs.sum())),
+            }
+            for layer, pairs in by_layer.items()
+        ]
+    )
+
+
+def compactness_by_group(
+    labels: Any,
+    directions: Any,
+    layers: Any = None,
+    *,
+    counts: Any = None,
+    measure: str = "cosine",
+    n_permutations: int = 200,
+    random_state: int = 0,
+) -> pd.DataFrame:
+    """The same for each group by itself: is this module compact?
+
+    Args:
+        labels: as in `compactness`, and so are all that follow.
+        directions: one for each unit.
+        layers: what is kept apart.
+        counts: how often each unit is on.
+        measure: "cosine" or "squared".
+        n_permutations: draws of the null.
+        random_state: its seed.
+
+    Returns:
+        A row for each group and layer with a pair, and one for each group with the layer "all": group, layer,
+        n_units, n_pairs, within, null_mean, null_sd, z and p. There are as many tests as rows.
+
+    Raises:
+        InputError: as `compactness`.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat([0, 1], 20)
+        >>> rows = rng.normal(size=(40, 8)) + 3 * np.eye(1, 8) * (labels == 1)[:, None]
+        >>> compactness_by_group(labels, rows).query("layer == 'all'")[["group", "p"]].round(1)
+           group    p
+        2      0  1.0
+        3      1  0.0
+    """
+    given = _Given.of(labels, directions, layers, counts)
+    by_layer = _drawn(given, measure, n_permutations, random_state)
+    return pd.DataFrame(
+        [
+            {
+                "group": int(given.groups[i]),
+                "layer": layer,
+                "n_units": int(pairs.n_units[i]),
+                **_row(pairs.sums[:, i], int(pairs.n_pairs[i])),
+            }
+            for layer, pairs in by_layer.items()
+            for i in np.flatnonzero(pairs.n_pairs)
+        ]
+    )
+
+
+def probe(
+    labels: Any, directions: Any, layers: Any = None, *, n_draws: int = 10, random_state: int = 0
+) -> pd.DataFrame:
+    """Can a unit's group be told from the direction it writes? The test of lobes, for any groups.
+
+    Args:
+        labels: the group of each unit: `modules.unit_labels` or `lobes.labels`; -1 for none. Groups of fewer
+            than 5 units are left out.
+        directions: [unit, d_model], of any length.
+        layers: the layer (or whatever is to be kept apart) of each unit; None for one.
+        n_draws: draws of each null.
+        random_state: seed of the folds and nulls.
+
+    Returns:
+        A row for random directions (of several layers, each with the layer's mean and covariance) and one for
+        directions permuted within layers: null, n, found (balanced accuracy, held out), mean, sd, z and p.
+
+    Raises:
+        InputError: lengths that differ, a direction of length 0, or fewer than 2 groups of 5 units.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> labels = np.repeat([0, 1], 20)
+        >>> rows = np.eye(2, 8)[labels] + 0.3 * rng.normal(size=(40, 8))
+        >>> probe(labels, rows, n_draws=3)[["null", "found", "p"]]
+                                   null  found     p
+        0  probe, random directions    1.0  0.25
+        1           probe, permuted    1.0  0.25
+    """
+    check_integer("n_draws", n_draws, least=2)
+    check_integer("random_state", random_state, least=0)
+    given = _Given.of(labels, directions, layers, None)
+    found = probe_accuracy(given.unit, given.labels, random_state)
+    if np.isnan(found):
+        refuse("labels", got="fewer than 2 groups of 5 units", want="at least 2")
+    return null_rows(found, probe_nulls(given.unit, given.labels, given.layers, n_draws, random_state))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The units that are in a group."""
+
+    labels: Labels
+    layers: Labels
+    unit: Float[np.ndarray, "unit d_model"]
+    strata: Labels
+    """Labels are permuted within these."""
+
+    @classmethod
+    def of(cls, labels: Any, directions: Any, layers: Any, counts: Any) -> _Given:
+        unit = unit_directions(directions)
+        whole = np.zeros(len(unit), np.int64)
+        columns = {"labels": labels, "layers": layers, "counts": counts}
+        arrays = {name: whole if own is None else np.asarray(own, np.int64) for name, own in columns.items()}
+        for name, own in arrays.items():
+            if own.shape != whole.shape:
+                refuse(name, got=f"shape {own.shape}", want=f"one for each of the {len(unit)} directions")
+        kept = arrays["labels"] >= 0
+        groups, places, often = (own[kept] for own in arrays.values())
+        return cls(groups, places, unit[kept], places if counts is None else deciles_of(often, places))
+
+    @property
+    def groups(self) -> Int[np.ndarray, " group"]:
+        return np.unique(self.labels)
+
+
+def _drawn(given: _Given, measure: str, n_permutations: int, random_state: int) -> dict[Any, _Pairs]:
+    """The sums in each layer that has a pair, and in all of them."""
+    check_choice("measure", measure, ["cosine", "squared"])
+    check_integer("n_permutations", n_permutations, least=2)
+    check_integer("random_state", random_state, least=0)
+    rng, groups = np.random.default_rng(random_state), given.groups
+    by_layer: dict[Any, _Pairs] = {}
+    for layer in np.unique(given.layers):
+        here = given.layers == layer
+        labels, strata = np.searchsorted(groups, given.labels[here]), given.strata[here]
+        sizes = np.bincount(labels, minlength=len(groups))
+        n_pairs = sizes * (sizes - 1) // 2
+        if n_pairs.any():
+            sums = _sums(given.unit[here], sizes, measure)
+            draws = [labels, *(permuted_within(labels, strata, rng) for _ in range(n_permutations))]
+            by_layer[int(layer)] = _Pairs(np.array([sums(own) for own in draws]), sizes, n_pairs)
+    if not by_layer:
+        refuse("labels", got="no two units of a group in a layer", want="at least one such pair")
+    first, *others = by_layer.values()
+    return by_layer | {_WHOLE: sum(others, start=first)}
+
+
+def _row(sums: Float[np.ndarray, " draw"], n_pairs: int) -> dict[str, Any]:
+    means = sums / n_pairs
+    null = against_null(float(means[0]), means[1:])
+    return {
+        "n_pairs": n_pairs,
+        "within": float(means[0]),
+        "null_mean": null["mean"],
+        "null_sd": null["sd"],
+        "z": null["z"],
+        "p": null["p"],
+    }
+
+
+def _sums(
+    unit: Float[np.ndarray, "unit d_model"], sizes: Int[np.ndarray, " group"], measure: str
+) -> Callable[[Labels], Float[np.ndarray, " group"]]:
+    """The sum of the measure over the pairs of each group, as a function of the labels.
+
+    The squared length of a group's sum is the sum of its cosines over ordered pairs, each unit with itself
+    included; of squared cosines the same holds of its second moments.
+    """
+    some, ends = sizes > 0, np.cumsum(sizes)
+
+    def sums(labels: Labels) -> Float[np.ndarray, " group"]:
+        rows = unit[np.argsort(labels, kind="stable")]
+        both = np.zeros(len(sizes))
+        if measure == "cosine":
+            both[some] = (np.add.reduceat(rows, (ends - sizes)[some], axis=0) ** 2).sum(axis=1)
+        else:
+            parts = (group @ group.T if len(group) < group.shape[1] else group.T @ group
+                     for group in np.split(rows, ends[:-1]))  # fmt: skip
+            both[:] = [(product**2).sum() for product in parts]
+        return (both - sizes) / 2
+
+    return sums
