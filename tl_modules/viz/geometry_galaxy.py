@@ -10,7 +10,8 @@ from tl_modules.geometry.galaxies import Galaxy
 from tl_modules.viz.figure import Figure
 from tl_modules.viz.panels import GRID, PALETTE, TEXT, canvas
 
-_MARGIN = {"l": 60, "r": 20, "t": 40, "b": 130}
+_MARGIN = {"l": 60, "r": 20, "t": 80, "b": 170}
+_HEIGHT = 520
 _MOST_NAMED = 12
 """Clouds that a legend still tells apart."""
 _SLOPES = {
@@ -39,7 +40,7 @@ def galaxy_lines(galaxy: Galaxy) -> Figure:
         cols=n_panels,
         subplot_titles=titles[:n_panels],
         horizontal_spacing=0.09,
-        figure=canvas(430, _MARGIN),
+        figure=canvas(_HEIGHT, _MARGIN),
     )
     figure.add_traces(_spectra(galaxy), rows=1, cols=1)
     settings = galaxy.settings
@@ -56,8 +57,9 @@ def galaxy_lines(galaxy: Galaxy) -> Figure:
         figure.update_xaxes(type="category", row=1, col=place)
     figure.update_xaxes(gridcolor=GRID)
     figure.update_yaxes(gridcolor=GRID, zeroline=False)
-    legend = {"orientation": "h", "x": 0.5, "xanchor": "center", "yanchor": "top"}
-    return figure.update_layout(legend={**legend, "y": -0.22}, legend2={**legend, "y": -0.34})
+    legend = {"orientation": "h", "x": 0.5, "xanchor": "center"}
+    above, below = {"y": 1.14, "yanchor": "bottom"}, {"y": -0.42, "yanchor": "top"}
+    return figure.update_layout(legend=legend | above, legend2=legend | below)
 
 
 def _spectra(galaxy: Galaxy) -> list[go.Scatter]:
