@@ -49,7 +49,7 @@ def test_planted_blocks_are_found_whatever_their_numbering(name, as_matrix, plan
 @pytest.mark.parametrize("name", PRECLUSTERED)
 def test_planted_blocks_are_found_through_preclusters(name, planted):
     X, samples, units = planted
-    found = BASELINES[name](N_MODULES, n_preclusters=24, random_state=0).fit(X)
+    found = BASELINES[name](N_MODULES, n_preclusters=80, random_state=0).fit(X)
     assert adjusted_rand_score(found.unit_labels_, units) == 1.0
     assert adjusted_rand_score(found.sample_labels_, samples) == 1.0
 
