@@ -191,14 +191,15 @@ def in_first_half(blocks: pd.DataFrame, random_state: int) -> Bool[np.ndarray, "
         random_state: which texts go where.
     """
     own = np.arange(len(blocks)) if "sample" not in blocks else blocks["sample"]
-    text = [block_text or f"\0{n}" for block_text, n in zip(blocks["text"], own, strict=True)]
-    codes, texts = pd.factorize(pd.Series(text))
-    order = np.random.default_rng(random_state).permutation(len(texts))
+    numbers: dict[str | int, int] = {}
+    texts = (text or int(n) for text, n in zip(blocks["text"], own, strict=True))
+    codes = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
+    order = np.random.default_rng(random_state).permutation(len(numbers))
     if "category" in blocks:
         kind = pd.factorize(blocks["category"])[0]
-        of_text = np.zeros(len(texts), np.int64)
+        of_text = np.zeros(len(numbers), np.int64)
         of_text[codes] = kind
         order = order[np.argsort(of_text[order], kind="stable")]
-    first = np.zeros(len(texts), bool)
+    first = np.zeros(len(numbers), bool)
     first[order[::2]] = True
     return first[codes]
