@@ -169,8 +169,9 @@ def main() -> None:
         sizes = ("prompts", "reference", "max_length", "n_controls", "controls", "controls_of_others")
         known = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
         given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in known.items())
-        name = " ".join(options.bases)
-        made = f"Made by `python benchmarks/selectivity.py --bases {name} {given}`."
+        name, methods = " ".join(options.bases), " ".join(options.methods)
+        command = f"python benchmarks/selectivity.py --bases {name} --methods {methods} {given}"
+        made = f"Made by `{command}`."
         replace_between(
             options.write, f"selectivity of {name}", f"{made}\n\n{text}", title="What modules cause"
         )
