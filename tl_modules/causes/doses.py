@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from tl_modules._checks import check_choice, check_integer, refuse
 from tl_modules._group_labels import group_numbers
 from tl_modules.ablator import Ablator
-from tl_modules.causes.massive import unit_activity
+from tl_modules.causes.massive import MASSIVE_COLUMNS, unit_activity
 from tl_modules.causes.order import ordered_units
 from tl_modules.causes.passages import READING, Passages, read_passages
 from tl_modules.module import Module
@@ -43,7 +43,7 @@ class Core(NamedTuple):
 
 
 def _none_massive() -> pd.DataFrame:
-    return pd.DataFrame(columns=["label", "layer", "kind", "peak", "ratio", "share", "prompt", "position"])
+    return pd.DataFrame(columns=list(MASSIVE_COLUMNS))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

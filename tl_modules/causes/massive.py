@@ -29,6 +29,8 @@ MASSIVE_RATIO = 100.0
 """A massive unit's largest write is at least so many times that of the median unit of its site."""
 MASSIVE_SHARE = 0.1
 """And at least this share of the residual stream's norm at that position, after the layer."""
+MASSIVE_COLUMNS = ("label", "layer", "kind", "peak", "ratio", "share", "prompt", "position")
+"""Of a table of massive units."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class UnitActivity:
         """
         facts = {name: getattr(self, name) for name in ("peak", "share", "prompt", "position")}
         table = self.units[["label", "layer", "kind"]].assign(ratio=self.ratio(), **facts)
-        table = table[["label", "layer", "kind", "peak", "ratio", "share", "prompt", "position"]]
-        return table[self.is_massive()].sort_values("ratio", ascending=False, kind="stable")
+        table = table.loc[self.is_massive(), list(MASSIVE_COLUMNS)]
+        return table.sort_values("ratio", ascending=False, kind="stable")
 
 
 def unit_activity(

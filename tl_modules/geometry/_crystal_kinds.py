@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from tl_modules.geometry._agreement import against_null
 from tl_modules.geometry._analogies import by_offset
 from tl_modules.geometry._pair_scores import MEASURES, pair_scores, shuffled_seconds
 from tl_modules.geometry.distractors import Distractors, fit_distractors
@@ -43,14 +44,14 @@ def all_scores(
 
     `fitted` was fitted to the known pairs with this `shrinkage`, and is so again to permuted relations.
     """
-    scores, offsets = [], []
-    for kind, own in (("raw", unseen), ("signal", projected(unseen, fitted))):
+    scores, offsets, signal = [], [], projected(unseen, fitted)
+    for kind, own in (("raw", unseen), ("signal", signal)):
         answered = by_offset(own.first, own.second, own.pairs)
         offsets.append(answered.assign(kind=kind))
         found = pair_scores(own.first, own.second, own.pairs)
         scores.append(found.merge(_baselines(answered)).assign(kind=kind, draw=0))
     for draw in range(n_draws):
-        drawn = (*_random(unseen, fitted, rng), *_shuffled(unseen, fitted, rng))
+        drawn = (*_random(unseen, fitted, rng), *_shuffled(unseen, signal, rng))
         refitted = fit_distractors(known.differences, rng.permutation(known.labels), fitted.n_keep, shrinkage)
         for kind, table in (*drawn, *_permuted(unseen, refitted, rng)):
             scores.append(table.assign(**dict.fromkeys(BASELINES, np.nan), kind=kind, draw=draw))
@@ -79,11 +80,11 @@ def _random(
 
 
 def _shuffled(
-    unseen: PairVectors, fitted: Distractors, rng: np.random.Generator
+    unseen: PairVectors, signal: PairVectors, rng: np.random.Generator
 ) -> Iterator[tuple[str, pd.DataFrame]]:
     order = shuffled_seconds(unseen.pairs, rng)
     pairs = unseen.pairs.assign(second=unseen.pairs["second"].to_numpy()[order])
-    for kind, own in (("raw", unseen), ("signal", projected(unseen, fitted))):
+    for kind, own in (("raw", unseen), ("signal", signal)):
         yield f"{kind}, shuffled", pair_scores(own.first, own.second[order], pairs, order)
 
 
@@ -98,9 +99,7 @@ def _permuted(
 def chances(values: Mapping[str, Float[np.ndarray, " draw"]], measure: str) -> dict[str, float]:
     """(1 + draws at least as good) / (1 + draws) of each null; nan where a score or a draw is not known."""
     better = -1.0 if measure == MEASURES[0] else 1.0
-    found = {}
-    for name, (kind, null) in _NULLS.items():
-        as_good = better * values[null] >= better * values[kind][0] - 1e-12
-        unknown = np.isnan(values[kind]).any() or np.isnan(values[null]).any()
-        found[name] = np.nan if unknown else float((1 + as_good.sum()) / (1 + len(as_good)))
-    return found
+    return {
+        name: against_null(better * float(values[kind][0]), better * values[null])["p"]
+        for name, (kind, null) in _NULLS.items()
+    }

@@ -229,19 +229,32 @@ def geometric_neighbours(directions: Directions, n_neighbours: int = 50) -> spar
                [0.03, 0.  , 0.  ]])
     """
     check_integer("n_neighbours", n_neighbours, least=1)
-    unit, parts = unit_directions(directions), []
-    n_nearest = min(n_neighbours, len(unit) - 1)
+    unit = unit_directions(directions)
+    nearest, cosines = nearest_by_cosine(unit, min(n_neighbours, len(unit) - 1))
+    near = 1 - np.arccos(np.clip(cosines, -1, 1)) / np.pi
+    ends = nearest.shape[1] * np.arange(len(unit) + 1)
+    graph = _either(sparse.csr_array((near.ravel(), nearest.ravel(), ends), shape=(len(unit), len(unit))))
+    graph.eliminate_zeros()
+    return graph
+
+
+def nearest_by_cosine(
+    unit: Float[np.ndarray, "unit d_model"], n_nearest: int
+) -> tuple[Int[np.ndarray, "unit neighbour"], Float[np.ndarray, "unit neighbour"]]:
+    """Of each direction of length 1 the nearest others, in no order, and their cosines; some rows at a time.
+
+    Example:
+        >>> nearest_by_cosine(np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]), 1)
+        (array([[1], [2], [1]]), array([[0.6], [0.8], [0.8]]))
+    """
+    places, values = [], []
     for start in range(0, len(unit), _ROWS_AT_A_TIME):
         cosines = unit[start : start + _ROWS_AT_A_TIME] @ unit.T
         rows = np.arange(len(cosines))
         cosines[rows, start + rows] = -np.inf
-        nearest = np.argpartition(cosines, -n_nearest, axis=1)[:, len(unit) - n_nearest :]
-        near = 1 - np.arccos(np.clip(np.take_along_axis(cosines, nearest, axis=1), -1, 1)) / np.pi
-        ends = n_nearest * np.arange(len(cosines) + 1)
-        parts.append(sparse.csr_array((near.ravel(), nearest.ravel(), ends), shape=cosines.shape))
-    graph = _either(sparse.vstack(parts, format="csr"))
-    graph.eliminate_zeros()
-    return graph
+        places.append(np.argpartition(cosines, -n_nearest, axis=1)[:, len(unit) - n_nearest :])
+        values.append(np.take_along_axis(cosines, places[-1], axis=1))
+    return np.concatenate(places), np.concatenate(values)
 
 
 def unit_directions(directions: Directions) -> Float[np.ndarray, "unit d_model"]:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from tl_modules._checks import check_choice, check_integer, refuse
 from tl_modules.geometry._clouds import as_points, gaussian_like, unit_gaussian_like, unit_rows
 from tl_modules.geometry._saved import load_result, save_result
+from tl_modules.geometry.affinities import nearest_by_cosine
 
 SHAPES = ("trapezoid", "parallelogram")
 FORMAT = "tl-modules/quadruplets"
@@ -205,7 +206,8 @@ class _Search:
             drawn = rng.integers(len(cloud), size=(2 * self.n_pairs, 2))
             drawn = drawn[drawn[:, 0] != drawn[:, 1]]
         else:
-            near = _nearest(cloud, self.n_neighbors)
+            length = np.linalg.norm(cloud, axis=1, keepdims=True)
+            near, _ = nearest_by_cosine(cloud / np.where(length > 0, length, 1), self.n_neighbors)
             drawn = np.stack([np.repeat(np.arange(len(cloud)), near.shape[1]), near.ravel()], axis=1)
         different = np.unique(np.sort(drawn, axis=1), axis=0)
         return np.asarray(different[np.sort(rng.permutation(len(different))[: self.n_pairs])])
@@ -250,19 +252,6 @@ def _cosine(product: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarr
 def _error(product: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(2 * np.sqrt(np.maximum(own**2 + other**2 - 2 * product, 0)) / (own + other))
-
-
-def _nearest(cloud: Directions, n_neighbors: int) -> Int[np.ndarray, "unit neighbor"]:
-    """Of each unit the others with the highest cosine."""
-    length = np.linalg.norm(cloud, axis=1, keepdims=True)
-    unit = cloud / np.where(length > 0, length, 1)
-    near = []
-    step = max(1, _COMPARED // len(unit))
-    for start in range(0, len(unit), step):
-        cosine = unit[start : start + step] @ unit.T
-        cosine[np.arange(len(cosine)), start + np.arange(len(cosine))] = -np.inf
-        near.append(np.argpartition(-cosine, n_neighbors - 1, axis=1)[:, :n_neighbors])
-    return np.concatenate(near)
 
 
 def _sides(
