@@ -172,9 +172,8 @@ def main() -> None:
         name, methods = " ".join(options.bases), " ".join(options.methods)
         command = f"python benchmarks/selectivity.py --bases {name} --methods {methods} {given}"
         made = f"Made by `{command}`."
-        replace_between(
-            options.write, f"selectivity of {name}", f"{made}\n\n{text}", title="What modules cause"
-        )
+        block = f"selectivity of {name}" + ("" if options.controls == "layers" else f", {options.controls}")
+        replace_between(options.write, block, f"{made}\n\n{text}", title="What modules cause")
 
 
 def parse() -> argparse.Namespace:

@@ -9,9 +9,12 @@ from tiny_models import gpt2_like
 
 from tl_modules._checks import FileFormatError, InputError
 from tl_modules.geometry._saved import load_result, save_result
+from tl_modules.geometry.clusters import Lobes, lobes
+from tl_modules.geometry.counting import Cooccurrence
 from tl_modules.geometry.crystals import Crystals, crystal_scores, crystal_table
 from tl_modules.geometry.distractors import Distractors, fit_distractors
 from tl_modules.geometry.galaxies import Galaxy, galaxy
+from tl_modules.geometry.lobe_tables import LobeTable, lobe_table
 from tl_modules.geometry.pair_vectors import feature_differences
 from tl_modules.geometry.quadruplets import Quadruplets, find_quadruplets
 
@@ -24,9 +27,9 @@ PAIRS = {
 
 
 def same_distractors(one, two):
-    assert one.parts()[1] == two.parts()[1]
-    for name, array in one.parts()[0].items():
-        np.testing.assert_array_equal(array, two.parts()[0][name])
+    assert one.parts()["facts"] == two.parts()["facts"]
+    for name, array in one.parts()["arrays"].items():
+        np.testing.assert_array_equal(array, two.parts()["arrays"][name])
     return True
 
 
@@ -92,6 +95,45 @@ def test_quadruplets_come_back(tmp_path):
     again = Quadruplets.load(tmp_path / "quadruplets")
     pd.testing.assert_frame_equal(again.table, found.table)
     assert (again.settings, again.verdict) == (found.settings, found.verdict)
+
+
+def planted():
+    rng = np.random.default_rng(0)
+    bits = rng.random((200, 12)) < np.kron(np.eye(2), np.full((100, 6), 0.6))
+    return Cooccurrence.from_bits(bits), np.repeat(np.eye(2, 4), 6, axis=0) + 0.1 * rng.normal(size=(12, 4))
+
+
+@pytest.mark.parametrize("with_directions", [True, False])
+def test_lobes_come_back(tmp_path, with_directions):
+    co, directions = planted()
+    given = {"directions": directions} if with_directions else {}
+    found = lobes(co, 2, n_permutations=5, n_random=2, n_probe=0, **given)
+    found.save(tmp_path / "lobes")
+    again = Lobes.load(tmp_path / "lobes")
+    for name in ("labels", "geometric_labels", "ami", "accuracy", "ami_frequency", "unprobed", "n_lobes"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
+    for name in ("units", "nulls"):
+        pd.testing.assert_frame_equal(getattr(again, name), getattr(found, name), check_dtype=False)
+    assert (again.affinity, again.dropped, again.source) == (found.affinity, found.dropped, found.source)
+    np.testing.assert_array_equal(again.winners(co), found.winners(co))
+    assert repr(again) == repr(found)
+
+
+def test_tables_of_lobes_come_back(tmp_path):
+    co, directions = planted()
+    kinds = ["jaccard", "phi"]
+    found = lobe_table(co, directions, [3, 2], kinds, n_permutations=5, n_random=1, progress=False)
+    found.save(tmp_path / "table")
+    again = LobeTable.load(tmp_path / "table")
+    pd.testing.assert_frame_equal(again.table, found.table)
+    pd.testing.assert_frame_equal(again.units, found.units, check_dtype=False)
+    assert (again.dropped, again.source) == (found.dropped, found.source)
+    assert again.labels.keys() == found.labels.keys()
+    assert again.geometric_labels.keys() == found.geometric_labels.keys()
+    for name in ("labels", "geometric_labels"):
+        for key, own in getattr(found, name).items():
+            np.testing.assert_array_equal(getattr(again, name)[key], own)
+    assert len(again.plot().data) == len(found.plot().data)
 
 
 def small():

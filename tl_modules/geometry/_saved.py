@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,59 @@ from tl_modules import _store
 from tl_modules._checks import FileFormatError, refuse
 
 FORMAT_VERSION = 1
+Own = TypeVar("Own", bound="Saved")
+
+
+class Saved:
+    """A dataclass whose fields are tables, arrays and JSON values, with `save` and `load`.
+
+    Fields that are something else the class takes apart in `parts` and puts together in `of_parts`.
+    """
+
+    FORMAT: ClassVar[str]
+    """Name of the format, as "tl-modules/galaxy"."""
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder (Parquet, npy, JSON), whole or not at all; replaces an older one.
+
+        Raises:
+            InputError: `path` holds something else, or a table has a column of mixed types.
+        """
+        save_result(path, self.FORMAT, **self.parts())
+
+    @classmethod
+    def load(cls: type[Own], path: str | Path) -> Own:
+        """Read a folder that `save` wrote.
+
+        Raises:
+            FileFormatError: not such a folder, or a part is missing, truncated or corrupted.
+        """
+        parts = load_result(path, cls.FORMAT)
+        try:
+            return cls.of_parts(*parts)
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"{Path(path) / _store.MANIFEST}: incomplete ({error!r})") from error
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """Fields as tables, arrays and facts, by name."""
+        parts: dict[str, dict[str, Any]] = {"tables": {}, "arrays": {}, "facts": {}}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            kind = {pd.DataFrame: "tables", np.ndarray: "arrays"}.get(type(value), "facts")
+            unknown = isinstance(value, float) and math.isnan(value)
+            parts[kind][field.name] = None if unknown else value
+        return parts
+
+    @classmethod
+    def of_parts(
+        cls: type[Own],
+        tables: dict[str, pd.DataFrame],
+        arrays: dict[str, np.ndarray],
+        facts: dict[str, Any],
+    ) -> Own:
+        """From what `parts` gives. JSON has no nan: a fact that is None is one."""
+        known = {name: math.nan if value is None else value for name, value in facts.items()}
+        return cls(**tables, **arrays, **known)
 
 
 def save_result(
@@ -41,9 +96,14 @@ def save_result(
             _write(folder, name, table)
         for name, array in (arrays or {}).items():
             _store.write_array(folder / f"{name}.npy", array)
-        return {"tables": list(tables), "arrays": list(arrays or {}), "facts": dict(facts or {})}
+        known = {name: _plain(value) for name, value in (facts or {}).items()}
+        return {"tables": list(tables), "arrays": list(arrays or {}), "facts": known}
 
     _store.write_folder(Path(path), kind, FORMAT_VERSION, fill)
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _write(folder: Path, name: str, table: pd.DataFrame) -> None:

@@ -31,12 +31,13 @@ from tl_modules.geometry._compared import (
     taking_part,
 )
 from tl_modules.geometry._probe import unprobed
+from tl_modules.geometry._saved import Saved
 from tl_modules.geometry.affinities import as_rows
 from tl_modules.geometry.counting import Cooccurrence
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Lobes:
+class Lobes(Saved):
     """Units in groups that fire together, and how far these are groups that lie together.
 
     Args:
@@ -63,6 +64,8 @@ class Lobes:
         >>> found, found.sizes
         (Lobes(2 lobes of 12 units by phi), array([6, 6]))
     """
+
+    FORMAT = "tl-modules/lobes"
 
     labels: Int[np.ndarray, " unit"]
     geometric_labels: Int[np.ndarray, " unit"]

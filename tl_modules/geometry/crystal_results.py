@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,19 +14,20 @@ from tl_modules._checks import check_choice
 from tl_modules.geometry._analogies import chance_of_own
 from tl_modules.geometry._crystal_kinds import BASELINES, KINDS, OF_ALL, chances
 from tl_modules.geometry._pair_scores import MEASURES
-from tl_modules.geometry._saved import load_result, save_result
-from tl_modules.geometry.distractors import ARRAYS, Distractors
+from tl_modules.geometry._saved import Saved
+from tl_modules.geometry.distractors import Distractors
 
-FORMAT = "tl-modules/crystals"
 TABLES = ("scores", "offsets", "fits", "length_gaps")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Crystals:
+class Crystals(Saved):
     """Scores of held-out pairs, before and after projection, and of what they are compared with.
 
     Made by `crystal_table` and `crystal_scores`.
     """
+
+    FORMAT = "tl-modules/crystals"
 
     scores: pd.DataFrame
     """One row a hook point, relation, kind of vectors and draw: hook_name, layer (-1 outside the blocks),
@@ -136,34 +136,27 @@ class Crystals:
 
         return crystal_lines(self)
 
-    def save(self, path: str | Path) -> None:
-        """Write a folder (Parquet, npy, JSON), whole or not at all; replaces an older one.
-
-        Raises:
-            InputError: `path` holds something else.
-        """
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """Fields as tables, arrays and facts; the arrays of each hook point's distractors by its number."""
         arrays: dict[str, np.ndarray] = {}
         facts = []
         for number, (hook_name, fitted) in enumerate(self.distractors.items()):
-            own, numbers = fitted.parts()
-            arrays |= {f"{name}_{number}": array for name, array in own.items()}
-            facts.append({"hook_name": hook_name, "numbers": numbers})
+            own = fitted.parts()
+            arrays |= {f"{name}_{number}": array for name, array in own["arrays"].items()}
+            facts.append({"hook_name": hook_name, "arrays": list(own["arrays"]), "numbers": own["facts"]})
         tables = {name: getattr(self, name) for name in TABLES}
-        told = {"distractors": facts, "settings": dict(self.settings)}
-        save_result(path, FORMAT, tables=tables, arrays=arrays, facts=told)
+        told = {"distractors": facts, "settings": self.settings}
+        return {"tables": tables, "arrays": arrays, "facts": told}
 
     @classmethod
-    def load(cls, path: str | Path) -> Crystals:
-        """Read a folder that `save` wrote.
-
-        Raises:
-            FileFormatError: not such a folder, or a part is missing, truncated or corrupted.
-        """
-        tables, arrays, facts = load_result(path, FORMAT)
+    def of_parts(
+        cls, tables: dict[str, pd.DataFrame], arrays: dict[str, np.ndarray], facts: dict[str, Any]
+    ) -> Crystals:
+        """From what `parts` gives."""
         distractors = {}
         for number, told in enumerate(facts["distractors"]):
-            own: dict[str, Any] = {name: arrays[f"{name}_{number}"] for name in ARRAYS}
-            distractors[told["hook_name"]] = Distractors(**own, **told["numbers"])
+            own = {name: arrays[f"{name}_{number}"] for name in told["arrays"]}
+            distractors[told["hook_name"]] = Distractors.of_parts({}, own, told["numbers"])
         return cls(**tables, distractors=distractors, settings=facts["settings"])
 
     def __len__(self) -> int:

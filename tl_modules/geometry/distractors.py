@@ -7,7 +7,6 @@ with shrinkage of Ledoit and Wolf 2004.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,8 @@ from torch import Tensor
 
 from tl_modules._checks import check_integer, refuse
 from tl_modules.geometry._clouds import as_points
-from tl_modules.geometry._saved import load_result, save_result
+from tl_modules.geometry._saved import Saved
 
-FORMAT = "tl-modules/distractors"
-ARRAYS = ("signal_basis", "scalings", "eigvals")
 _FLOOR = 1e-10
 """Of the variance within relations, as a share of all variance."""
 
@@ -28,11 +25,13 @@ Differences = Float[np.ndarray, "pair dimension"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Distractors:
+class Distractors(Saved):
     """The subspace in which relations differ, and with it all that is orthogonal; made by `fit_distractors`.
 
     `project` acts on any vectors of the same space: differences, words, steering vectors.
     """
+
+    FORMAT = "tl-modules/distractors"
 
     signal_basis: Float[np.ndarray, "dimension kept"]
     """Orthonormal columns; their span is that of the leading modes of S_w^-1 S_b, in order."""
@@ -89,31 +88,6 @@ class Distractors:
         shape = tuple(np.shape(x))
         if shape[-1:] != self.signal_basis.shape[:1]:
             refuse("x", got=f"the shape {shape}", want=f"vectors of {len(self.signal_basis)} numbers")
-
-    def save(self, path: str | Path) -> None:
-        """Write a folder (npy, JSON), whole or not at all; replaces an older one.
-
-        Raises:
-            InputError: `path` holds something else.
-        """
-        arrays, facts = self.parts()
-        save_result(path, FORMAT, tables={}, arrays=arrays, facts=facts)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Distractors:
-        """Read a folder that `save` wrote.
-
-        Raises:
-            FileFormatError: not such a folder, or a part is missing, truncated or corrupted.
-        """
-        _, arrays, facts = load_result(path, FORMAT)
-        fields: dict[str, Any] = {**arrays, **facts}
-        return cls(**fields)
-
-    def parts(self) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Arrays and numbers by the names of the fields, to save and to make it from."""
-        arrays = {name: getattr(self, name) for name in ARRAYS}
-        return arrays, {"shrinkage": self.shrinkage, "n_fitted": self.n_fitted}
 
     def __repr__(self) -> str:
         told = f"{self.n_keep} of {len(self.signal_basis)} dimensions kept, {self.n_fitted} differences"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 
 from tl_modules._checks import check_integer, refuse
 from tl_modules.geometry._clouds import as_points, unit_rows
-from tl_modules.geometry._saved import load_result, save_result
+from tl_modules.geometry._saved import Saved
 from tl_modules.geometry._spectrum import (
     SpectrumFit,
     effective_dimension,
@@ -32,12 +31,13 @@ from tl_modules.geometry._spectrum import (
 from tl_modules.geometry.entropies import clustering_entropy
 
 __all__ = ["Galaxy", "fit_power_law", "galaxy", "marchenko_pastur"]
-FORMAT = "tl-modules/galaxy"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Galaxy:
+class Galaxy(Saved):
     """Spectrum and clustering of clouds of directions; made by `galaxy`."""
+
+    FORMAT = "tl-modules/galaxy"
 
     table: pd.DataFrame
     """One row a layer, as given; columns:
@@ -64,25 +64,6 @@ class Galaxy:
         from tl_modules.viz.geometry_galaxy import galaxy_lines
 
         return galaxy_lines(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write a folder (Parquet, JSON), whole or not at all; replaces an older one.
-
-        Raises:
-            InputError: `path` holds something else, or layers are of mixed types.
-        """
-        tables = {"table": self.table, "spectra": self.spectra}
-        save_result(path, FORMAT, tables=tables, facts={"settings": dict(self.settings)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Galaxy:
-        """Read a folder that `save` wrote.
-
-        Raises:
-            FileFormatError: not such a folder, or a part is missing, truncated or corrupted.
-        """
-        tables, _, facts = load_result(path, FORMAT)
-        return cls(**tables, settings=facts["settings"])
 
     def __len__(self) -> int:
         return len(self.table)

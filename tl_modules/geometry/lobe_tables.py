@@ -28,6 +28,7 @@ from tl_modules.geometry._compared import (
     taking_part,
 )
 from tl_modules.geometry._probe import unprobed
+from tl_modules.geometry._saved import Saved
 from tl_modules.geometry.affinities import AFFINITIES, as_rows
 from tl_modules.geometry.counting import Cooccurrence
 
@@ -37,7 +38,7 @@ _SHORT |= {"probe, permuted": "_probe", "probe, random directions": "_probe_gaus
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LobeTable:
+class LobeTable(Saved):
     """Agreement of lobes with geometry, by affinity and number of lobes.
 
     Args:
@@ -62,6 +63,8 @@ class LobeTable:
         LobeTable(12 units, 2 to 3 lobes, phi)
     """
 
+    FORMAT = "tl-modules/lobe-table"
+
     table: pd.DataFrame
     labels: Mapping[tuple[str, int], np.ndarray]
     geometric_labels: Mapping[int, np.ndarray]
@@ -79,6 +82,25 @@ class LobeTable:
 
         return lobe_lines(self)
 
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """Fields as tables, arrays and facts; labels as one array, in the order of the table's rows."""
+        arrays = {
+            "labels": np.stack([self.labels[key] for key in _keys(self.table)]),
+            "geometric_labels": np.stack([self.geometric_labels[k] for k in _numbers(self.table)]),
+        }
+        facts = {"dropped": self.dropped, "source": self.source}
+        return {"tables": {"table": self.table, "units": self.units}, "arrays": arrays, "facts": facts}
+
+    @classmethod
+    def of_parts(
+        cls, tables: dict[str, pd.DataFrame], arrays: dict[str, np.ndarray], facts: dict[str, Any]
+    ) -> LobeTable:
+        """From what `parts` gives."""
+        table = tables["table"]
+        labels = dict(zip(_keys(table), arrays["labels"], strict=True))
+        lying = dict(zip(_numbers(table), arrays["geometric_labels"], strict=True))
+        return super().of_parts(tables, {}, {**facts, "labels": labels, "geometric_labels": lying})
+
     def __repr__(self) -> str:
         n_units = len(self.units) - sum(self.dropped.values())
         numbers, kinds = self.table["n_lobes"], ", ".join(self.table["affinity"].unique())
@@ -86,6 +108,14 @@ class LobeTable:
 
     def _repr_html_(self) -> str:
         return f"<p>{self!r}</p>{self.table.to_html(index=False, float_format='{:.3g}'.format)}"
+
+
+def _keys(table: pd.DataFrame) -> list[tuple[str, int]]:
+    return list(zip(table["affinity"], table["n_lobes"].tolist(), strict=True))
+
+
+def _numbers(table: pd.DataFrame) -> list[int]:
+    return sorted(set(table["n_lobes"].tolist()))
 
 
 def lobe_table(

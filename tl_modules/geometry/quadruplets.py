@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,10 @@ from tqdm.auto import tqdm
 
 from tl_modules._checks import check_choice, check_integer, refuse
 from tl_modules.geometry._clouds import as_points, gaussian_like, unit_gaussian_like, unit_rows
-from tl_modules.geometry._saved import load_result, save_result
+from tl_modules.geometry._saved import Saved
 from tl_modules.geometry.affinities import nearest_by_cosine
 
 SHAPES = ("trapezoid", "parallelogram")
-FORMAT = "tl-modules/quadruplets"
 _COMPARED = 1 << 22
 """Differences times differences that are compared at a time."""
 _Q = 0.05
@@ -33,11 +31,13 @@ Pairs = Int[np.ndarray, "pair two"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Quadruplets:
+class Quadruplets(Saved):
     """The best partner of each sampled difference, and how many as good there are by chance.
 
     Made by `find_quadruplets`.
     """
+
+    FORMAT = "tl-modules/quadruplets"
 
     table: pd.DataFrame
     """One row a quadruplet a : b :: c : d, the best first: a, b, c, d (names of units), cosine and error of
@@ -73,25 +73,6 @@ class Quadruplets:
         if least <= _Q:
             return told
         return f"{told} With {n_clouds} clouds a single one cannot be found: its q is {least:.2g} at best."
-
-    def save(self, path: str | Path) -> None:
-        """Write a folder (Parquet, JSON), whole or not at all; replaces an older one.
-
-        Raises:
-            InputError: `path` holds something else.
-        """
-        facts = {"settings": dict(self.settings)}
-        save_result(path, FORMAT, tables={"table": self.table}, facts=facts)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Quadruplets:
-        """Read a folder that `save` wrote.
-
-        Raises:
-            FileFormatError: not such a folder, or a part is missing, truncated or corrupted.
-        """
-        tables, _, facts = load_result(path, FORMAT)
-        return cls(**tables, settings=facts["settings"])
 
     def __len__(self) -> int:
         return len(self.table)
