@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tl_modules.separability import Separability, separate
 from tl_modules.viz import tradeoff_lines
 
 WAYS = ("labels", "modules", "head dimensions")
+AT_RANDOM = {"labels": "random", "head dimensions": "random dimensions"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Sizes:
     max_length: int
     n_steps: int
     fraction: float
+    head_fraction: float
     n_random: int
     n_modules: int
     method: str
@@ -131,7 +133,7 @@ def runs_of(
     ways: list[str],
     folder: Path | None,
 ) -> dict[str, Separability]:
-    """Some of the three ways; random sets are with the first."""
+    """Some of the three ways; random sets are with the first and the last."""
     size = (sizes.tokens, sizes.max_length)
     find, choose, test = (texts.pair(part, forget, *size) for part in ("find", "choose", "test"))
     options: dict[str, Any] = {
@@ -148,7 +150,8 @@ def runs_of(
             given = module_order(modules(), *few, sizes)
             return separate(model(), *find, given=given, **options)
         if way == "head dimensions":
-            return separate(model(), *find, basis="head_dimensions", **options)
+            given = {**options, "fraction": sizes.head_fraction, "n_random": 1}
+            return separate(model(), *find, basis="head_dimensions", **given)
         return separate(model(), *find, n_random=sizes.n_random, **options)
 
     return {
@@ -174,8 +177,9 @@ def row(forget: str, runs: dict[str, Separability]) -> dict[str, str]:
         if not run.random.empty:
             drawn = run.random_numbers()
             scores = drawn["auc_score"]
-            cells["random"] = _cell(scores.mean(), scores.min(), scores.max())
-            cells["random, drop"] = _percent(drawn["forget_drop_at_20"].mean())
+            name = AT_RANDOM[way]
+            cells[name] = _cell(scores.mean(), scores.min(), scores.max())
+            cells[f"{name}, drop"] = _percent(drawn["forget_drop_at_20"].mean())
     return cells
 
 
@@ -188,16 +192,17 @@ def _percent(value: float) -> str:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    heads = ["forget", *(name for way in WAYS[:2] for name in (way, f"{way}, drop"))]
-    heads += ["random", "random, drop", "head dimensions", "head dimensions, drop"]
+    ways = ("labels", "modules", AT_RANDOM["labels"], "head dimensions", AT_RANDOM["head dimensions"])
+    heads = ["forget", *(name for way in ways for name in (way, f"{way}, drop"))]
     heads = [name for name in heads if any(name in row for row in rows)]
     return table_of(heads, ((row.get(name, "–") for name in heads) for row in rows))
 
 
 def write(path: Path, table: str, sizes: Sizes) -> None:
     told = (
-        f"{sizes.tokens:,} tokens a set, {sizes.n_steps} steps of {100 * sizes.fraction:g} %, "
-        f"{sizes.method} ablation, {sizes.n_modules} modules, {sizes.n_random} random runs."
+        f"{sizes.tokens:,} tokens a set, {sizes.n_steps} steps of {100 * sizes.fraction:g} % "
+        f"({100 * sizes.head_fraction:g} % of head dimensions), "
+        f"{sizes.method} ablation, {sizes.n_modules} modules, {sizes.n_random} random runs (1 of dimensions)."
     )
     replace_between(path, "table", f"{told}\n\n{table}", title="Separability by selective pruning")
 
@@ -210,8 +215,7 @@ def draw(path: Path, runs: dict[str, Separability]) -> None:
 
 def main() -> None:
     options = parse()
-    names = ("tokens", "max_length", "n_steps", "fraction", "n_random", "n_modules", "method")
-    sizes = Sizes(**{name: getattr(options, name) for name in names})
+    sizes = Sizes(**{field.name: getattr(options, field.name) for field in fields(Sizes)})
     rows, drawn = [], {}
     for texts, wanted in ((instructions(), options.categories), (languages(), options.languages)):
         known = sorted(texts.find["category"].unique())
@@ -241,6 +245,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=64, help="texts are cut to so many tokens")
     parser.add_argument("--n-steps", type=int, default=6)
     parser.add_argument("--fraction", type=float, default=0.03, help="of the units, that goes at each step")
+    parser.add_argument(
+        "--head-fraction", type=float, default=0.06, help="of the head dimensions, that goes at each step"
+    )
     parser.add_argument("--n-random", type=int, default=2)
     parser.add_argument("--n-modules", type=int, default=12)
     parser.add_argument("--method", default="zero", choices=["zero", "mean", "resample"])
