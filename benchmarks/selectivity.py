@@ -10,10 +10,10 @@ of train instructions. Features are left as they are on the first token, which t
 module's own topic is the category most enriched among its train instructions. The method was fixed before any
 of these numbers was seen; the number of prompts and of tokens is what the time allowed.
 
-Each basis and method is one run, kept in the cache folder; runs that are there are not repeated. About
-(1 + n_controls) passes over the test prompts for each module. The share of modules that hurt their own topic
-most needs no controls: the methods after the first can have fewer (`--controls-of-others`), and are then not
-judged against them.
+Each basis and method is one run, kept in the cache folder; runs that are there are not repeated, but judged
+again by the statistics as they are now. About (1 + n_controls) passes over the test prompts for each module.
+The share of modules that hurt their own topic most needs no controls: the methods after the first can have
+fewer (`--controls-of-others`), and are then not judged against them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ from tl_modules.causes.by_topic import selectivity
 from tl_modules.causes.judged import Selectivity
 from tl_modules.demo_features import load_demo_features
 from tl_modules.sites import Basis
+from tl_modules.unit_values import reference_means, reference_samples
 
 N_MODULES = 10
 JUDGED_BY = 20
 """Fewer controls are not enough to judge by."""
+REFERENCES = {"mean": reference_means, "resample": reference_samples}
+"""Of whole texts, which are longer than those that are tested."""
 POSITIONS = {"neurons": None, "features": slice(1, None)}
 """Where units are taken out. Features were not trained on the first token, an attention sink."""
 
@@ -69,15 +72,16 @@ def tested(name: str, method: str, options: argparse.Namespace) -> Selectivity:
     sizes = f"{options.prompts}x{options.max_length}-{n_controls}-{options.controls}"
     folder = options.cache / f"selectivity-{name}-{method}-{sizes}"
     if not (folder / "manifest.json").exists():
-        reference = instructions("train", options.reference)["text"].tolist()
+        texts = instructions("train", options.reference)["text"].tolist()
+        read = None if method == "zero" else REFERENCES[method](model(), texts, basis=basis_of(name))
         result = selectivity(
             model(), modules_of(name, options.cache), instructions("test", options.prompts), method=method,
-            reference=None if method == "zero" else reference, n_controls=n_controls,
+            reference=read, n_controls=n_controls,
             controls=options.controls, basis=basis_of(name), positions=POSITIONS[name],
             max_length=options.max_length,
         )  # fmt: skip
         result.save(folder)
-    return Selectivity.load(folder)
+    return Selectivity.load(folder).judged_again()
 
 
 def shares(name: str, method: str, result: Selectivity) -> list[dict[str, str]]:
@@ -99,10 +103,10 @@ def shares(name: str, method: str, result: Selectivity) -> list[dict[str, str]]:
 def _beyond(row: pd.Series) -> dict[str, str]:
     """What only enough controls can tell."""
     return {
-        "also beyond controls": f"{row['share_selective']:.0%}",
+        "own excess most": f"{row['share_selective']:.0%}",
         "causal": f"{row['share_causal']:.0%}",
         "excess": f"{row['excess']:.2f}",
-        "index": f"{row['index']:.2f}",
+        "index": f"{row['index']:.2f} (of {row['n_index']})",
     }
 
 
@@ -151,7 +155,7 @@ def main() -> None:
     results = {
         (name, method): tested(name, method, options) for name in options.bases for method in options.methods
     }
-    parts = ["Share of modules (medians over modules for effect, excess and index):"]
+    parts = ["Share of modules (medians over modules; of the index over those with an excess above 0):"]
     parts.append(markdown([row for key, result in results.items() for row in shares(*key, result)]))
     for (name, method), result in results.items():
         if result.n_controls < JUDGED_BY:

@@ -4,7 +4,8 @@
         [--write docs/separability.md] [--picture docs/separability.png]
 
 Coding against the other instructions, and each language against the others, from ../shared/data; what the
-ways of choosing are, docs/separability.md says. `--runs` keeps each run, and takes it from there next time,
+ways of choosing are, docs/separability.md says. Massive units stay in the model; with `--prune-massive` they
+are pruned like any unit, in a table of its own. `--runs` keeps each run, and takes it from there next time,
 whatever the other options. The picture needs the extra `image` (kaleido) and a Chrome or Chromium.
 """
 
@@ -26,6 +27,7 @@ from tl_modules import Modules, collect, find_modules
 from tl_modules.ablator import Ablator
 from tl_modules.causes.passages import Passages
 from tl_modules.separability import Separability, separate
+from tl_modules.separability.exam import SETS
 from tl_modules.viz import tradeoff_lines
 
 WAYS = ("labels", "modules", "head dimensions")
@@ -44,6 +46,7 @@ class Sizes:
     n_random: int
     n_modules: int
     method: str
+    prune_massive: bool
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,9 @@ def runs_of(
         "n_steps": sizes.n_steps,
         "method": sizes.method,
         "max_length": sizes.max_length,
+        "spare_massive": not sizes.prune_massive,
     }
+    end = "-massive-pruned" if sizes.prune_massive else ""
 
     def by_way(way: str) -> Separability:
         if way == "modules":
@@ -155,7 +160,8 @@ def runs_of(
         return separate(model(), *find, n_random=sizes.n_random, **options)
 
     return {
-        way: _kept(folder, f"{forget}-{way}".replace(" ", "-"), lambda way=way: by_way(way)) for way in ways
+        way: _kept(folder, f"{forget}-{way}{end}".replace(" ", "-"), lambda way=way: by_way(way))
+        for way in ways
     }
 
 
@@ -171,6 +177,8 @@ def _kept(folder: Path | None, name: str, make: Callable[[], Separability]) -> S
 def row(forget: str, runs: dict[str, Separability]) -> dict[str, str]:
     cells = {"forget": forget}
     for way, run in runs.items():
+        cells["first step"] = cells.get("first step") or _first_step(run)
+        cells["massive"] = str(len(run.settings.get("massive", ())))
         numbers = run.numbers(n_bootstraps=300)
         cells[way] = _cell(*numbers.loc["auc_score"])
         cells[f"{way}, drop"] = _percent(numbers.loc["forget_drop_at_20", "value"])
@@ -181,6 +189,12 @@ def row(forget: str, runs: dict[str, Separability]) -> dict[str, str]:
             cells[name] = _cell(scores.mean(), scores.min(), scores.max())
             cells[f"{name}, drop"] = _percent(drawn["forget_drop_at_20"].mean())
     return cells
+
+
+def _first_step(run: Separability) -> str:
+    """What is left of the accuracy on both sets after the first step, in percent."""
+    left = [100 * run.steps[f"{name}_top1"].iloc[1] / run.steps[f"{name}_top1"].iloc[0] for name in SETS]
+    return f"{left[0]:.0f} % / {left[1]:.0f} %"
 
 
 def _cell(value: float, low: float, high: float) -> str:
@@ -194,6 +208,7 @@ def _percent(value: float) -> str:
 def markdown(rows: list[dict[str, str]]) -> str:
     ways = ("labels", "modules", AT_RANDOM["labels"], "head dimensions", AT_RANDOM["head dimensions"])
     heads = ["forget", *(name for way in ways for name in (way, f"{way}, drop"))]
+    heads += ["first step", "massive"]
     heads = [name for name in heads if any(name in row for row in rows)]
     return table_of(heads, ((row.get(name, "–") for name in heads) for row in rows))
 
@@ -204,7 +219,8 @@ def write(path: Path, table: str, sizes: Sizes) -> None:
         f"({100 * sizes.head_fraction:g} % of head dimensions), "
         f"{sizes.method} ablation, {sizes.n_modules} modules, {sizes.n_random} random runs (1 of dimensions)."
     )
-    replace_between(path, "table", f"{told}\n\n{table}", title="Separability by selective pruning")
+    name = "table of massive units pruned" if sizes.prune_massive else "table"
+    replace_between(path, name, f"{told}\n\n{table}", title="Separability by selective pruning")
 
 
 def draw(path: Path, runs: dict[str, Separability]) -> None:
@@ -251,6 +267,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--n-random", type=int, default=2)
     parser.add_argument("--n-modules", type=int, default=12)
     parser.add_argument("--method", default="zero", choices=["zero", "mean", "resample"])
+    parser.add_argument("--prune-massive", action="store_true", help="massive units are pruned as well")
     parser.add_argument("--runs", type=Path, help="folder to keep the runs in, and to reuse them")
     parser.add_argument("--write", type=Path, help="Markdown file whose table is replaced")
     parser.add_argument("--picture", type=Path, help="picture of the first pair's curves")

@@ -242,8 +242,9 @@ def test_intervals_know_that_controls_are_drawn():
     # Prompts are all the same: what is uncertain is the median of the random sets alone.
     found = one_topic(unlike, effects, n_bootstrap=4000)
     redrawn = 2.0 - np.median(of_sets[rng.integers(20, size=(20000, 20))], axis=1)
+    half = stats.t.ppf(0.975, 13) * np.sqrt(14 / 13) * redrawn.std()
     ends = [found.low.item(), found.high.item()]
-    np.testing.assert_allclose(ends, np.quantile(redrawn, [0.025, 0.975]), atol=0.05)
+    np.testing.assert_allclose(ends, 2.0 - np.median(of_sets) + half * np.array([-1, 1]), atol=0.05)
     assert np.ptp(ends) > 0.5
     assert found.effects.std() < 1e-12 and found.excesses.std() > 0.1
     same = one_topic(alike, effects)
@@ -287,11 +288,36 @@ def test_intervals_cover_the_true_excess(spread):
 def test_own_most_is_an_intersection_union_test():
     rng = np.random.default_rng(0)
     samples = rng.normal([3.0, 0.0, 2.0], 0.5, (999, 1, 3))
-    own = np.array([0])
-    against = [(1 + (samples[:, 0, other] >= samples[:, 0, 0]).sum()) / 1000 for other in (1, 2)]
-    many = np.array([99, 99, 99])
-    assert own_most_p(samples, own, many) == max(against) > min(against)
-    assert own_most_p(samples, np.array([1]), many) == 1.0
+    values, sizes = np.array([[3.0, 0.0, 1.9]]), np.array([9, 30, 6])
+    against = []
+    for other, fewer in ((1, 9), (2, 6)):
+        error = np.sqrt(fewer / (fewer - 1)) * (samples[:, 0, 0] - samples[:, 0, other]).std(ddof=1)
+        against.append(stats.t.sf((3.0 - values[0, other]) / error, fewer - 1))
+    found = own_most_p(values, samples, np.array([0]), sizes)
+    assert found == pytest.approx(max(against)) and max(against) > min(against)
+    assert own_most_p(values, samples, np.array([1]), sizes) > 0.99
+
+
+@pytest.mark.parametrize("n_prompts", [5, 7])
+def test_few_prompts_are_not_taken_for_many(n_prompts):
+    """3,000 modules without a difference between two of three topics: the test's level, and the cover."""
+    rng = np.random.default_rng(n_prompts)
+    codes = np.repeat([0, 1, 2], n_prompts)
+    effects = rng.normal(size=(3000, len(codes))) - 10 * (codes == 2)
+    controls = rng.normal(scale=0.05, size=(3000, 3, len(codes)))
+    cells = cellwise(effects, controls, codes, 3, n_bootstrap=300, rng=rng)
+    own = np.zeros(3000, dtype=np.int64)
+    p = own_most_p(cells.excess, cells.excesses, own, cells.n_prompts)
+    assert 0.02 <= (p <= 0.05).mean() <= 0.07
+    assert 0.91 <= ((cells.low <= 0) & (cells.high >= 0))[:, :2].mean() <= 0.98
+
+
+def test_of_one_prompt_nothing_is_known():
+    effects, controls = np.array([[3.0, 1.0, 1.1]]), np.zeros((1, 4, 3))
+    rng = np.random.default_rng(0)
+    cells = cellwise(effects, controls, np.array([0, 1, 1]), 2, n_bootstrap=50, rng=rng)
+    assert np.isnan([cells.low[0, 0], cells.high[0, 0]]).all() and cells.low[0, 1] < 1.05 < cells.high[0, 1]
+    assert own_most_p(cells.excess, cells.excesses, np.array([0]), cells.n_prompts) == 1.0
 
 
 def test_few_prompts_show_little():
@@ -301,9 +327,15 @@ def test_few_prompts_show_little():
     cells = cellwise(effects, controls, np.array([0, 0, 1, 1, 1]), 2, n_bootstrap=500, rng=rng)
     orders = list(itertools.combinations([3.0, 3.01, 1.0, 1.01, 1.02], 2))
     as_extreme = np.mean([sum(pair) >= 6.01 for pair in orders])
-    assert own_most_p(cells.excesses, np.array([0]), cells.n_prompts) == pytest.approx([as_extreme])
+    found = own_most_p(cells.excess, cells.excesses, np.array([0]), cells.n_prompts)
+    assert found == pytest.approx([as_extreme])
 
 
 def test_index():
-    values = np.array([[4.0, 1.0, 3.0], [-1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
-    np.testing.assert_allclose(selectivity_index(values, np.array([0, 0, 1])), [2 / 6, -1.0, 0.0])
+    values = np.array([[4.0, 1.0, 3.0], [-1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [3.0, 2.0, -4.0]])
+    np.testing.assert_allclose(
+        selectivity_index(values, np.array([0, 0, 1, 1])), [1 / 3, np.nan, np.nan, -3 / 11]
+    )
+    of_others = np.array([[-0.1, -3.0, -3.0], [0.001, -3.0, -0.1], [1.0, -3.0, 3.0]])
+    found = selectivity_index(of_others, np.zeros(3, dtype=np.int64))
+    assert np.isnan(found[0]) and found[1] < -0.99 and found[2] == -0.5

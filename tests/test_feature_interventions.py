@@ -139,3 +139,21 @@ def test_need_their_basis(model):
     units = FeatureBasis(tiny_sae()).units(model)
     with pytest.raises(InputError, match="basis: got None for units of kind feature"), ablate(model, units):
         pass
+
+
+@pytest.mark.parametrize("name", ["gpt2_like", "llama_like", "bridge_llama", "bridge_gpt2"])
+def test_positions_at_the_first_residual_stream_know_the_cache(name):
+    """It is read before any attention has run."""
+    model = ALL_MODELS[name]()
+    basis, tokens, seen = FeatureBasis(tiny_sae("standard", "blocks.0.hook_resid_pre")), some_tokens(), []
+    look = ("blocks.0.hook_resid_pre", lambda a, hook: seen.append(a.clone()))
+    how = {"max_new_tokens": 5, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    n = tokens.shape[1]
+    ablated = ablate(model, basis.units(model), basis=basis, positions=[3, n + 1])
+    with model.hooks(fwd_hooks=[look]), ablated, model.hooks(fwd_hooks=[look]):
+        model.generate(tokens, **how)
+        model(tokens)
+    before, after = seen[::2], seen[1::2]
+    changed = [(a != b).any(-1)[0].nonzero().flatten().tolist() for a, b in zip(before, after, strict=True)]
+    assert [part.shape[1] for part in before] == [n, 1, 1, 1, 1, n]
+    assert changed == [[3], [], [0], [], [], [3]]

@@ -15,7 +15,7 @@ import tl_modules
 PACKAGE = Path(tl_modules.__file__).parent
 ROOMS = [
     *("_version", "_lazy", "_checks", "_kernels", "objective", "standardize", "sums"),
-    *("_weights", "_hooks", "host", "prefix", "sites", "head_dimensions", "bases"),
+    *("_weights", "_hooks", "_row_lengths", "host", "_clock", "prefix", "sites", "head_dimensions", "bases"),
     *("_saes", "_places", "_frozen", "_linear", "features"),
     *("_store", "activations"),
     *("prompts", "tokens", "reductions", "batches", "_rows", "_sparse_rows", "collection"),
@@ -43,8 +43,8 @@ ROOMS = [
     *("circuits.numbers", "circuits.attention", "circuits.export", "circuits.pictures", "circuits.view"),
     *("circuits.verify", "circuits.build"),
     *("circuits.profile", "circuits"),
-    *("causes.passages", "causes.massive", "causes.controls", "causes.statistics", "causes.judged"),
-    *("causes.enrichment", "causes.verdicts", "causes.trial", "causes.by_topic"),
+    *("causes.passages", "causes.massive", "causes.controls", "causes.statistics", "causes.verdicts"),
+    *("causes.judged", "causes.enrichment", "causes.trial", "causes.by_topic"),
     *("causes.across_groups", "causes.order", "causes.doses"),
     *("causes.generation", "causes.topics", "causes.steering", "causes"),
     *("entropy",),

@@ -6,7 +6,7 @@ import torch
 from tiny_models import ALL_MODELS
 
 from tl_modules._checks import InputError
-from tl_modules.causes.passages import Passages
+from tl_modules.causes.passages import Passages, _scored
 
 FIRST, *_, LAST = ALL_MODELS
 """Whichever transformer-lens has: HookedTransformers, or only bridges."""
@@ -55,6 +55,20 @@ def test_batches_and_cuts(name):
     cut = Passages(model, PROMPTS, max_length=3)
     own = np.concatenate([one.loss[one.prompt == i][: cut.n_targets[i]] for i in range(4)])
     np.testing.assert_allclose(cut.scores(model).loss, own, atol=1e-5)
+
+
+def test_of_equal_logits_one_is_first():
+    """As half precision has them: top-1 is what argmax gives, and ranks are all different."""
+    logits = torch.randint(4, (40, 6), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    places, targets = torch.arange(40), torch.arange(40) > 0
+    ranks = [_scored(logits, torch.full_like(places, token), targets)[1] for token in range(6)]
+    by_hand = [
+        [int(np.lexsort((np.arange(6), -row)).tolist().index(t)) for row in logits[:-1].float()]
+        for t in range(6)
+    ]
+    assert np.stack(ranks).tolist() == by_hand
+    assert np.stack(ranks).argmin(0).tolist() == logits[:-1].argmax(-1).tolist()
+    assert ((logits == logits.amax(-1, keepdim=True)).sum(-1) > 1).any()
 
 
 def test_special_tokens_are_no_targets():

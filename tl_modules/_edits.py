@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tl_modules._chosen import Chosen, check_rows
-from tl_modules._where import SCORES, Where
+from tl_modules._where import Where
 from tl_modules.sites import Activation, Site
 from tl_modules.unit_values import Components, read_components, with_components
 
@@ -43,8 +43,7 @@ def edit_hooks(chosen: Iterable[Chosen], new: NewValues, where: Where) -> dict[s
         read = points.setdefault(part.site.hook_name, _Point())
         write = points.setdefault(part.site.write_name, _Point())
         read.reading.append((part, write))
-    edits = {name: _editing(point, new, where) for name, point in points.items()}
-    return edits if where.everywhere else {SCORES: where.look, **edits}
+    return {name: _editing(point, new, where) for name, point in points.items()}
 
 
 def _editing(point: _Point, new: NewValues, where: Where) -> Hook:

@@ -26,7 +26,7 @@ METHODS = ("zero", "mean", "resample")
 @contextmanager
 def running(model: Any, hooks: dict[str, Hook], where: Where) -> Iterator[FiringCounter]:
     """Hooks for a `with` block, which must have met the positions that were named."""
-    with hooked(model, hooks) as counter:
+    with hooked(model, hooks) as counter, where.watching(model):
         yield counter
     where.check_met()
 
@@ -41,6 +41,10 @@ class How:
     basis: str | Basis | None
     reference: Any
     random_state: int
+
+    def where(self) -> Where:
+        """The positions; samples are drawn by position wherever they are put."""
+        return Where(self.positions, self.lengths, needs_clock=self.method == "resample")
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
@@ -111,12 +115,9 @@ def held_at(means: UnitMeans) -> NewValues:
 def _of_other_rows(where: Where, seed: int) -> NewValues:
     def other(_site: Site, old: Components) -> Tensor:
         source = torch.from_numpy(no_row_its_own(len(old), seed)).to(old.device)
-        if where.lengths is None:
-            return old[source]
-        where.check_lengths(len(old))
-        ends = where.lengths.to(old.device)[source] - where.offset
-        pos = torch.arange(old.shape[1], device=old.device)
-        return old[source[:, None], torch.minimum(pos[None], ends[:, None] - 1).clamp(min=0)]
+        first, last = where.real_columns(*old.shape[:2]).to(old.device)[source].T
+        columns = torch.arange(old.shape[1], device=old.device)[None]
+        return old[source[:, None], columns.clamp(first[:, None], last[:, None])]
 
     return other
 
@@ -149,8 +150,10 @@ def _drawn(samples: UnitSamples, where: Where, how: How) -> NewValues:
         found = samples.of(site)
         # The same at all sites of a pass, so that the units' values belong together; the same for all rows
         # of `ablate_rows`, so that they can be compared.
-        rng = np.random.default_rng([how.random_state, where.offset])
-        draws = torch.from_numpy(rng.integers(len(found), size=old.shape[1]))
-        return found[draws.to(found.device)][None]
+        # Drawn from the first position on, so that it is the same whether those before are in a cache.
+        places = where.places(*old.shape[:2])
+        rng = np.random.default_rng([how.random_state, 0])
+        draws = torch.from_numpy(rng.integers(len(found), size=int(places.max()) + 1))
+        return found[draws[places].to(found.device)]
 
     return drawn

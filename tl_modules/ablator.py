@@ -14,7 +14,7 @@ from tl_modules._checks import InputError
 from tl_modules._chosen import chosen_by_mask, mask_of
 from tl_modules._edits import edit_hooks
 from tl_modules._new_values import How, new_values, running
-from tl_modules._where import Positions, Where
+from tl_modules._where import Positions
 from tl_modules.bases import as_basis
 from tl_modules.host import FiringCounter
 from tl_modules.sites import Basis, units_of
@@ -32,8 +32,10 @@ class Ablator:
         basis: "neurons", "heads" or a `Basis`.
         method: "zero", "mean" or "resample"; see `ablate`.
         reference: prompts, `UnitMeans` or `UnitSamples`; needed for "mean" and "resample".
-        positions: where in a prompt, None for everywhere; see `ablate`.
+        positions: where in a prompt, None for everywhere; see `ablate`. Lengths are those of the batches that
+            this package runs.
         chat: how reference prompts are written; see `collect`.
+        max_length: cut reference prompts to their first so many tokens.
         random_state: of "resample".
         progress: show a progress bar over the reference prompts.
 
@@ -50,6 +52,7 @@ class Ablator:
         reference: Any = None,
         positions: Positions = None,
         chat: bool | str | None = None,
+        max_length: int | None = None,
         random_state: int = 0,
         progress: bool = True,
     ) -> None:
@@ -58,11 +61,12 @@ class Ablator:
         self.sites = self.basis.sites(model)
         self._units: pd.DataFrame | None = None
         known = reference is None or isinstance(reference, UnitMeans | UnitSamples)
+        read: dict[str, Any] = {"chat": chat, "max_length": max_length, "progress": progress}
         if not known and method == "mean":
-            reference = reference_means(model, reference, basis=self.basis, chat=chat, progress=progress)
+            reference = reference_means(model, reference, basis=self.basis, **read)
         if not known and method == "resample":
-            how: dict[str, Any] = {"random_state": random_state, "chat": chat, "progress": progress}
-            reference = reference_samples(model, reference, basis=self.basis, **how)
+            read["random_state"] = random_state
+            reference = reference_samples(model, reference, basis=self.basis, **read)
         self._how = How(method, positions, None, self.basis, reference, random_state)
         if method == "resample":
             self._how.require_reference()
@@ -95,7 +99,7 @@ class Ablator:
         if len(mask) != n_units:
             raise InputError(f"mask: got {len(mask)} entries, expected {n_units}, one for each unit.")
         chosen = chosen_by_mask(self.sites, mask)
-        where = Where(self.model, self._how.positions)
+        where = self._how.where()
         hooks = edit_hooks(chosen, new_values(self.model, chosen, where, self._how), where)
         with running(self.model, hooks, where) as counter:
             yield counter

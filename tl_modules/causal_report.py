@@ -131,7 +131,8 @@ class CausalTest:
         if self.method == "zero":
             return None
         read = reference_means if self.method == "mean" else reference_samples
-        return read(model, prompts.reference, basis=basis, chat=self.chat, progress=self.progress)
+        reading: dict[str, Any] = {"chat": self.chat, "max_length": self.max_length}
+        return read(model, prompts.reference, basis=basis, progress=self.progress, **reading)
 
 
 def draw_prompts(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tl_modules._checks import UnsupportedModelError, refuse
 from tl_modules._hooks import FiringCounter, hooked, resolve
+from tl_modules._row_lengths import running_rows
 from tl_modules._weights import (
     head_write_matrices,
     mlp_read_gain,
@@ -258,13 +259,14 @@ def forward(
     stop = n_layers if stop_at_layer is None else stop_at_layer
     if not 0 <= stop <= n_layers:
         refuse("stop_at_layer", got=stop, want=f"from 0 to {n_layers}")
-    _check_length(model, tokens.shape[1] + (prefix.n_tokens if prefix else 0))
+    n_before = prefix.n_tokens if prefix else 0
+    _check_length(model, tokens.shape[1] + n_before)
     if attention_mask is not None:
         _check_right_padded(tokens, attention_mask)
     tokens = tokens.to(next(model.parameters()).device)
     arguments = prefix.arguments(tokens) if prefix else {}
     run = _run_hooked if kind_of(model) == "hooked" else _run_bridge
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), _evaluating(model), running_rows(attention_mask, n_before):
         run(model, tokens, stop, arguments)
 
 
@@ -288,7 +290,7 @@ def logits_of(
         _check_right_padded(tokens, attention_mask)
     tokens = tokens.to(next(model.parameters()).device)
     arguments = {"padding_side": "right"} if kind_of(model) == "hooked" else {"use_cache": False}
-    with _evaluating(model):
+    with _evaluating(model), running_rows(attention_mask):
         logits: Tensor = model(tokens, return_type="logits", **arguments)
     return logits
 

@@ -59,16 +59,18 @@ def ablate(
             "L3N17" (neuron) or "L9H6" (head), or a list of these, which stands for all of their units.
         method: "zero"; "mean", each unit's mean over `reference`; or "resample", the values of another row of
             the batch at the same position (rows in a random cycle, so that none keeps its own, as these are
-            in this very pass), or with `reference` those at a random position of these prompts: one for each
-            position, the same for all units and rows. A feature's change is decoded and added: what its SAE
-            does not explain stays. A head's value is its z, all of it, not the length of its result.
+            in this very pass; where there is padding, a shorter row gives its real position next to it), or
+            with `reference` those at a random position of these prompts: one for each position, the same
+            for all units and rows, with and without a cache. A feature's change is decoded and added: what
+            its SAE does not explain stays. A head's value is its z, all of it, not the length of its result.
         positions: where to act: None for everywhere, a number, a list, a slice, or "last". Counted from the
-            start of the sequence, tokens in a key-value cache included. Negative numbers, and "last", count
-            from the end of each row's tokens so far, so that with a cache -1 is the newest token of each
-            step. A position that a row does not have is none. Units read before the first layer's attention
-            do not know of a cache: for them positions are those of the pass.
-        lengths: tokens of each row of a right-padded batch, for negative positions and for "resample" (a
-            shorter row gives its last real position); None where there is no padding.
+            start of each row, tokens in a key-value cache included, padding on the left not: what the
+            attention mask leaves out before a row's first token, as in `generate` with several texts.
+            Negative numbers, and "last", count from the end of each row's tokens so far, so that with a cache
+            -1 is the newest token of each step. A position that a row does not have is none.
+        lengths: tokens of each row of a right-padded batch, for negative positions and for "resample"; None
+            where there is no padding on the right, and for batches that this package runs (`collect`,
+            `selectivity`), whose lengths it knows.
         basis: needed for features, and for labels other than those of neurons and heads.
         reference: prompts, run once, when the block is entered; or what was made of them before: for "mean"
             a `UnitMeans` of `reference_means`, for "resample" a `UnitSamples` of `reference_samples`. Special
@@ -119,6 +121,8 @@ def ablation_hooks(
 
     Returns:
         Hook names and functions of (activation, hook). They belong together: use all of them, in this order.
+        With positions or "resample", what the model is told of cache and padding is looked at meanwhile, by
+        forward pre-hooks that go when the last of these functions does.
 
     Raises:
         InputError: see `ablate`.
@@ -130,7 +134,8 @@ def ablation_hooks(
         tl_modules._checks.InputError: reference: got None, expected prompts or reference means for method...
     """
     how = How(method, positions, lengths, basis, reference, random_state)
-    hooks, _ = _ablation(model, [units], how)
+    hooks, where = _ablation(model, [units], how)
+    where.watch(model)
     return [(name, _plain(hook)) for name, hook in hooks.items()]
 
 
@@ -229,14 +234,14 @@ def steer(
         source = to_sample_mean_of
         texts = source.samples["text"].tolist() if isinstance(source, Module) else source
         new = held_at(means_of(model, texts, chosen, basis))
-    where = Where(model, positions, lengths)
+    where = Where(positions, lengths)
     with running(model, edit_hooks(chosen, new, where), where) as counter:
         yield counter
 
 
 def _ablation(model: Any, rows: list[Any], how: How) -> tuple[dict[str, Hook], Where]:
     chosen = chosen_units(model, rows, how.basis)
-    where = Where(model, how.positions, how.lengths)
+    where = how.where()
     return edit_hooks(chosen, new_values(model, chosen, where, how), where), where
 
 

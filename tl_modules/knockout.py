@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_modules._checks import InputError, check_integer, refuse
-from tl_modules._where import SCORES, Lengths, Positions, Where
+from tl_modules._clock import Clock
+from tl_modules._where import Lengths, Positions, Where
 from tl_modules.host import FiringCounter, describe, hooked
 
 Numbers = int | Sequence[int] | None
@@ -52,7 +53,7 @@ def knock_out_attention(
         edges: one or several `AttentionEdges`, or tuples (layers, heads, queries, keys).
         window: cut in so many layers around each layer named, `window // 2` before it and the rest from it
             on, as far as the model has them; None for the layers themselves.
-        lengths: tokens of each row of a right-padded batch, for negative positions; None without padding.
+        lengths: see `ablate`.
 
     Yields:
         How often each hook has fired, by name, in `counts`.
@@ -69,15 +70,13 @@ def knock_out_attention(
         tl_modules._checks.InputError: edges: got none, expected at least one.
     """
     listed = _listed(edges)
-    clock = Where(model)
+    clock = Clock()
     cuts: dict[int, list[_Cut]] = {}
     for edge in listed:
         for layer in _window(model, edge.layers, window):
-            cuts.setdefault(layer, []).append(_Cut(model, edge, lengths))
-    hooks: dict[str, Callable[[Tensor], Tensor | None]] = {SCORES: clock.look}
-    for layer, own in sorted(cuts.items()):
-        hooks[f"blocks.{layer}.attn.hook_attn_scores"] = _cutting(layer, own, clock)
-    with hooked(model, hooks) as counter:
+            cuts.setdefault(layer, []).append(_Cut(model, edge, lengths, clock))
+    hooks = {f"blocks.{layer}.attn.hook_attn_scores": _cutting(layer, own) for layer, own in cuts.items()}
+    with hooked(model, hooks) as counter, clock.running(model):
         yield counter
     for cut in (cut for own in cuts.values() for cut in own):
         cut.queries.check_met()
@@ -114,28 +113,27 @@ def _window(model: Any, layers: Numbers, width: int | None) -> list[int]:
 class _Cut:
     """One `AttentionEdges` in one layer."""
 
-    def __init__(self, model: Any, edge: AttentionEdges, lengths: Lengths) -> None:
+    def __init__(self, model: Any, edge: AttentionEdges, lengths: Lengths, clock: Clock) -> None:
         self.heads = _numbers("edges", edge.heads, describe(model).n_heads)
-        self.queries, self.keys = Where(model, edge.queries, lengths), Where(model, edge.keys, lengths)
+        self.clock = clock
+        self.queries = Where(edge.queries, lengths, clock=clock)
+        self.keys = Where(edge.keys, lengths, clock=clock)
 
-    def mask(self, scores: AttentionScores, offset: int) -> Bool[Tensor, "batch head query key"]:
-        """Which scores are cut, when `offset` tokens lie before the first query."""
+    def mask(self, scores: AttentionScores) -> Bool[Tensor, "batch head query key"]:
+        """Which scores are cut."""
         n_rows, n_heads, n_queries, n_keys = scores.shape
-        self.queries.offset, self.keys.offset = offset, offset + n_queries - n_keys
+        # Caches of local attention forget what no query sees any more: then the first key is a later one.
+        first_key = self.clock.offset + n_queries - n_keys
         own = torch.zeros(n_heads, dtype=torch.bool)
         own[self.heads] = True
-        queries, keys = self.queries.mask(n_rows, n_queries), self.keys.mask(n_rows, n_keys)
+        queries, keys = self.queries.mask(n_rows, n_queries), self.keys.mask(n_rows, n_keys, first_key)
         cut = own[None, :, None, None] & queries[:, None, :, None] & keys[:, None, None, :]
         return cut.to(scores.device)
 
 
-def _cutting(layer: int, cuts: list[_Cut], clock: Where) -> Callable[[Tensor], Tensor]:
+def _cutting(layer: int, cuts: list[_Cut]) -> Callable[[Tensor], Tensor]:
     def cut_scores(scores: Tensor) -> Tensor:
-        if layer == 0:
-            clock.look(scores)
-        mask = cuts[0].mask(scores, clock.offset)
-        for cut in cuts[1:]:
-            mask = mask | cut.mask(scores, clock.offset)
+        mask = torch.stack([cut.mask(scores) for cut in cuts]).any(0)
         _check_keys_left(layer, scores, mask)
         return scores.masked_fill(mask, -torch.inf)
 

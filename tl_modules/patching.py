@@ -63,7 +63,7 @@ def patch_rows(
             )
         return found
 
-    where = Where(model)
+    where = Where()
     with running(model, edit_hooks(chosen, patched, where), where) as counter:
         yield counter
 

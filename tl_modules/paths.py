@@ -79,7 +79,7 @@ def path_effect(
     rows = tokens.expand(n_pairs, -1)
     streams = _less_the_senders(model, sent, means, clean, held)
     values = _recomputed(model, rows, heard, streams)
-    hooks = edit_hooks(heard, lambda site, _old: values[site_key(site)], Where(model))
+    hooks = edit_hooks(heard, lambda site, _old: values[site_key(site)], Where())
     with torch.no_grad(), hooked(model, hooks) as counter:
         after = target(logits_of(model, rows))
         counter.check(1)
@@ -143,7 +143,7 @@ def _less_the_senders(
     held: dict[Point, str],
 ) -> dict[str, Tensor]:
     """The residual stream at each held point without what the senders wrote before it."""
-    everywhere = Where(model)
+    everywhere = Where()
     changes: list[tuple[Point, Tensor]] = []
     for part in sent:
         old = read_components(part.site, clean[part.site.hook_name])

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_modules._checks import refuse
+from tl_modules._clock import has_clock
 from tl_modules._hooks import has_foreign_hooks
 from tl_modules.host import forward, kind_of
 
@@ -54,7 +55,7 @@ def prefix_cache(
     Returns:
         What `forward(..., prefix=...)` takes; or None where whole sequences must be run: positions that are
         neither learned nor rotary, rotary angles that depend on the length, a bridge with sliding windows or
-        with layers other than attention, and a model with hooks of the user's own, which may count positions.
+        with layers other than attention, and a model with hooks that count positions, as the user's own may.
 
     Raises:
         InputError: an empty prefix, or one longer than the model's context.
@@ -66,6 +67,7 @@ def prefix_cache(
         stop_at_layer == 0
         or model.cfg.positional_embedding_type not in _POSITIONS
         or has_foreign_hooks(model)
+        or has_clock(model)
     ):
         return None
     record = _record_hooked if kind_of(model) == "hooked" else _record_bridge

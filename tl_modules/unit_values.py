@@ -101,6 +101,7 @@ def reference_means(
     *,
     basis: str | Basis | None = None,
     chat: bool | str | None = None,
+    max_length: int | None = None,
     progress: bool = True,
 ) -> UnitMeans:
     """Mean values of units over prompts, to be used again and again as `reference` of `ablate`.
@@ -114,6 +115,7 @@ def reference_means(
         units: which units' sites to average, in any form that `ablate` takes; None for the whole basis.
         basis: "neurons", "heads" or a `Basis`; None with `units` that are neurons or heads.
         chat: as in `collect`.
+        max_length: cut prompts to their first so many tokens.
         progress: show a progress bar over the batches.
 
     Returns:
@@ -123,7 +125,8 @@ def reference_means(
         InputError: neither units nor basis, or prompts or units that cannot be used.
     """
     sites = _reference_sites(model, units, basis)
-    return means_at(model, prompts, sites, chat=chat, progress=progress, prepend_bos=start_token(basis))
+    how: dict[str, Any] = {"chat": chat, "max_length": max_length, "prepend_bos": start_token(basis)}
+    return means_at(model, prompts, sites, progress=progress, **how)
 
 
 def reference_samples(
@@ -134,6 +137,7 @@ def reference_samples(
     basis: str | Basis | None = None,
     random_state: int = 0,
     chat: bool | str | None = None,
+    max_length: int | None = None,
     progress: bool = True,
 ) -> UnitSamples:
     """Values of units at random positions of prompts, to be used again and again as `reference` of `ablate`.
@@ -145,6 +149,7 @@ def reference_samples(
         basis: see there.
         random_state: draws the positions.
         chat: see there.
+        max_length: see there.
         progress: see there.
 
     Raises:
@@ -152,9 +157,8 @@ def reference_samples(
     """
     sites = _reference_sites(model, units, basis)
     rng = np.random.default_rng(check_integer("random_state", random_state, least=0))
-    return samples_at(
-        model, prompts, sites, rng, chat=chat, progress=progress, prepend_bos=start_token(basis)
-    )
+    how: dict[str, Any] = {"chat": chat, "max_length": max_length, "prepend_bos": start_token(basis)}
+    return samples_at(model, prompts, sites, rng, progress=progress, **how)
 
 
 def _reference_sites(model: Any, units: Any, basis: str | Basis | None) -> list[Site]:
@@ -201,10 +205,8 @@ def samples_at(
     return UnitSamples({key: torch.cat(parts) for key, parts in found.items()})
 
 
-def _tokenized(
-    model: Any, prompts: Any, chat: bool | str | None = None, prepend_bos: bool | None = None
-) -> TokenizedPrompts:
-    return tokenize(model, read_prompts(prompts), TokenSettings(chat=chat, prepend_bos=prepend_bos))
+def _tokenized(model: Any, prompts: Any, **how: Any) -> TokenizedPrompts:
+    return tokenize(model, read_prompts(prompts), TokenSettings(**how))
 
 
 def each_position(

@@ -70,7 +70,7 @@ def cross_table(
     if not isinstance(sets, Mapping) or not sets:
         got = "none" if isinstance(sets, Mapping) else f"a {type(sets).__name__}"
         refuse("sets", got=got, want="a mapping from names to units, at least one")
-    how: dict[str, Any] = {"method": method, "reference": reference, "chat": chat}
+    how: dict[str, Any] = {"method": method, "reference": reference, "chat": chat, "max_length": max_length}
     ablator = Ablator(model, basis, random_state=random_state, progress=progress, **how)
     masks = {str(name): ablator.mask(units, argument=f"sets[{name!r}]") for name, units in sets.items()}
     start = start_token(basis)

@@ -19,7 +19,7 @@ from tl_modules.causes.judged import Selectivity
 from tl_modules.causes.passages import Passages, read_passages
 from tl_modules.causes.statistics import N_BOOTSTRAP
 from tl_modules.causes.trial import Trial
-from tl_modules.causes.verdicts import Judge
+from tl_modules.causes.verdicts import Judge, with_massive_columns
 from tl_modules.module import Module
 from tl_modules.modules import Modules
 from tl_modules.sites import Basis, Site
@@ -50,9 +50,9 @@ def selectivity(
     judged once more with them, against the same controls with the same massive units.
 
     A module is `selective` if its excess on its own topic is above that on every other (intersection-union
-    test by bootstrap over prompts and controls, Benjamini-Hochberg over modules), and `causal` if besides at
-    most 5 % of the random sets do as much to its topic. Ranks among n controls give no p below 1 / (n + 1),
-    and nothing finer is made up: `Selectivity.note` says what that allows.
+    t-test, errors by bootstrap over prompts and controls, Benjamini-Hochberg over modules), and `causal` if
+    besides at most 5 % of the random sets do as much to its topic. Ranks among n controls give no p below
+    1 / (n + 1), and nothing finer is made up: `Selectivity.note` says what that allows.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -62,8 +62,9 @@ def selectivity(
         labels: the category of each prompt; None for those of the table. At least two categories of at
             least two prompts.
         method: "zero", "mean" or "resample"; see `ablate`.
-        reference: as for `ablate`; None takes the prompts themselves, all tokens but special ones. Other
-            prompts of the same kind are better: these know the answers.
+        reference: as for `ablate`, prompts being cut to `max_length` as well; None takes the prompts
+            themselves, all tokens but special ones. Other prompts of the same kind are better: these know
+            the answers.
         n_controls: random sets for each module and kind of control; below 19 no module can be causal.
         controls: "layers" (as many units at each site: layer, kind, SAE), "strength" (besides, as many in
             each tenth of the site by mean |value| on the prompts), "both", or a list.
@@ -93,7 +94,7 @@ def selectivity(
     check_integer("n_controls", n_controls, least=1)
     check_integer("random_state", random_state, least=0)
     kinds = check_controls(controls)
-    n_bootstrap = check_integer("n_bootstrap", reading.pop("n_bootstrap", N_BOOTSTRAP), least=1)
+    n_bootstrap = check_integer("n_bootstrap", reading.pop("n_bootstrap", N_BOOTSTRAP), least=2)
     positions = reading.pop("positions", None)
     basis = _basis_of(modules, basis)
     passages = read_passages(model, prompts, reading, prepend_bos=start_token(basis))
@@ -102,18 +103,18 @@ def selectivity(
     own, source = _own_topics(modules, list(sets), judge.categories, topics)
     sites = basis.sites(model)
     masks = {name: _mask(sites, units, name) for name, units in sets.items()}
-    chat = reading.get("chat")
+    chat, max_length = reading.get("chat"), reading.get("max_length")
     if method != "zero" and reference is None:
-        # Token ids, which are in the chat template already.
-        reference, chat = passages.token_lists(), None
+        # Token ids, which are cut and in the chat template already.
+        reference, chat, max_length = passages.token_lists(), None, None
     how = {"method": method, "reference": reference, "random_state": random_state, "progress": progress}
-    ablator = Ablator(model, basis, **how, positions=positions, chat=chat)
+    ablator = Ablator(model, basis, **how, positions=positions, chat=chat, max_length=max_length)
     trial = Trial(ablator, passages, masks, kinds, n_controls, random_state, progress)
     with trial.counting():
         measured, with_massive = trial.measured(), trial.with_massive()
         massive = trial.massive_alone()
     again = judge.table(with_massive).drop(columns=["q"])
-    verdicts = _with_massive_columns(judge.verdicts(measured, own, source), again)
+    verdicts = with_massive_columns(judge.verdicts(measured, own, source), again)
     settings = {"method": method, "basis": basis.kind, "n_controls": n_controls, "controls": list(kinds)}
     return Selectivity(
         judge.table(measured),
@@ -128,13 +129,6 @@ def selectivity(
         | {"positions": None if positions is None else str(positions)}
         | {"n_bootstrap": n_bootstrap, "random_state": random_state},
     )
-
-
-def _with_massive_columns(verdicts: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
-    """The verdicts, with the own topic's effect and excess of the sets with their massive units."""
-    keys = ["module", "topic", "control"]
-    columns = {"category": "topic", "effect": "effect_with_massive", "excess": "excess_with_massive"}
-    return verdicts.merge(again.rename(columns=columns)[[*keys, *list(columns.values())[1:]]], "left", keys)
 
 
 def _judge(passages: Passages, labels: Sequence[str] | None, n_bootstrap: int, random_state: int) -> Judge:

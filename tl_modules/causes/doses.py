@@ -197,14 +197,14 @@ def dose(
     if reading:
         _check_order(order, reading)
         prompts = passages.token_lists()
-    chat = reading.get("chat")
+    chat, max_length = reading.get("chat"), reading.get("max_length")
     if reference is None and method != "zero":
         if isinstance(prompts, Passages):
             refuse("reference", got="None", want="prompts, means or samples, since prompts are Passages")
-        # Where they were read in a way of their own, their tokens: these are in the chat template already.
-        reference, chat = prompts, None
+        # Where they were read in a way of their own, their tokens: these are cut and in the template already.
+        reference, chat, max_length = prompts, None, None
     how: dict[str, Any] = {"method": method, "reference": reference, "positions": positions}
-    how |= {"chat": chat, "random_state": random_state, "progress": progress}
+    how |= {"chat": chat, "max_length": max_length, "random_state": random_state, "progress": progress}
     ablator = Ablator(model, basis, **how)
     own = np.flatnonzero(ablator.mask(units))
     category = _categories(labels, passages)

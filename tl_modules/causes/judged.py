@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ import plotly
 from jaxtyping import Float
 
 from tl_modules import _store
-from tl_modules._checks import FileFormatError, check_choice
+from tl_modules._checks import FileFormatError, check_choice, check_integer
+from tl_modules.causes.verdicts import Judge, Measured, with_massive_columns
 
 FORMAT = "tl-modules/selectivity"
 FORMAT_VERSION = 1
 _TABLES = ("table", "module_table", "with_massive", "massive", "samples")
 _ARRAYS = ("per_prompt", "accuracy_change")
+_FACTS = ["n_units", "massive", "overlap"]
+"""Columns of the module table that no effects tell."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,25 +48,28 @@ class Selectivity:
 
     Columns module, category, control, effect (mean over the category's prompts), accuracy (change in top-1
     accuracy), control_median, excess (effect minus that), low and high (95 % by bootstrap over prompts and
-    over the controls, which might have been others), z (in robust deviations of the controls), p_rank (exact,
-    see `note`), q (of p_rank over this control's rows, Benjamini-Hochberg) and n_prompts.
+    over the controls, which might have been others, widened for the number of prompts; nan for one prompt),
+    z (in robust deviations of the controls), p_rank (exact, see `note`), q (of p_rank over this control's
+    rows, Benjamini-Hochberg) and n_prompts.
     """
     module_table: pd.DataFrame
     """One row a module and kind of control.
 
     Columns module, control, topic (its own), topic_from ("given", "samples" or "half": hurt most on a random
     half of the prompts, all else of its row being from the other half, and p_rank is among controls that
-    chose their topics likewise), index (selectivity index of the
-    excess), the own topic's effect, control_median, excess, low, high, z and p_rank; p_selective and
-    q_selective (that its excess is above that of every other category, never below 1 / C(n + m, n) with n and
-    m prompts; q over the modules), p_raw and q_raw (the same of the effect itself), q_rank (of p_rank over
-    the modules, Benjamini-Hochberg), selective (q_selective at most 0.05), causal (that, and p_rank at most
-    0.05, which is not corrected for the number of modules, as q_rank is), n_units, overlap (share of the
-    controls' units that are the module's own), massive (how many of its units are), effect_with_massive and
-    excess_with_massive (against the same controls with the same massive units; only where there are any).
+    chose their topics likewise), index (own excess minus the mean size of the others', over their sum; nan
+    where the own excess is not above 0), the own topic's effect, control_median, excess, low, high, z and
+    p_rank; p_selective and q_selective (that its excess is above that of every other category, never below
+    1 / C(n + m, n) with n and m prompts; q over the modules), p_raw and q_raw (the same of the effect
+    itself), q_rank (of p_rank over the modules, Benjamini-Hochberg), selective (q_selective at most 0.05),
+    causal (that, and p_rank at most 0.05, which is not corrected for the number of modules, as q_rank is),
+    n_units, overlap (share of the controls' units that are the module's own), massive (how many of its units
+    are), effect_with_massive and excess_with_massive (against the same controls with the same massive units;
+    only where there are any).
     """
     with_massive: pd.DataFrame
-    """As `table`, for the modules that hold massive units, with these and against controls with the same."""
+    """As `table` without q, for the modules that hold massive units, with these and against controls with the
+    same."""
     massive: pd.DataFrame
     """The massive units: label, layer, kind, peak, ratio, share, prompt, position; `effect` of each alone."""
     samples: pd.DataFrame
@@ -102,7 +108,10 @@ class Selectivity:
 
     @property
     def share_selective(self) -> float:
-        """Share of modules that hurt their own topic more than every other, after correction."""
+        """Share of modules whose excess is above that on every other topic; q_selective at most 0.05.
+
+        Whether it is beyond the controls, `causal` says.
+        """
         return float(self.modules["selective"].mean())
 
     @property
@@ -119,8 +128,9 @@ class Selectivity:
     def summary(self) -> pd.DataFrame:
         """One row a kind of control: modules, shares that are selective and causal, medians of the own topic.
 
-        Columns control, n_modules, n_controls, share_selective, share_raw (selective by the effect without
-        controls), share_causal, index, effect and excess.
+        Columns control, n_modules, n_controls, share_selective (excess above that on every other topic),
+        share_raw (the same of the effect, controls aside), share_causal (selective, and p_rank at most 0.05),
+        index (of the n_index modules that have one), effect and excess.
         """
         rows = []
         for control in self.controls:
@@ -134,9 +144,55 @@ class Selectivity:
                     **{name: float(values.mean()) for name, values in shares.items()},
                     "share_causal": float(own["causal"].mean()),
                     **{name: float(own[name].median()) for name in ("index", "effect", "excess")},
+                    "n_index": int(own["index"].notna().sum()),
                 }
             )
         return pd.DataFrame(rows)
+
+    def judged_again(self, n_bootstrap: int | None = None) -> Selectivity:
+        """The same effects, judged by the statistics of this version; no model is run.
+
+        For results that an older version saved, or another number of bootstrap samples. Tables are what a
+        new run with the same seed would give, but for `with_massive`, whose effects are not kept: it stays.
+
+        Args:
+            n_bootstrap: samples of the bootstrap; None for as many as before.
+
+        Raises:
+            InputError: fewer than two bootstrap samples.
+
+        Example:
+            >>> samples = pd.DataFrame({"category": ["code", "code", "verse", "verse"]})
+            >>> known = pd.DataFrame({"control": ["layers"], "module": "one", "topic": "code",
+            ...     "topic_from": "given", "n_units": 3, "massive": 0, "overlap": 0.0})
+            >>> none = pd.DataFrame(columns=["module", "category", "control", "effect", "excess"])
+            >>> kept = Selectivity(none, known, none, none, samples, np.array([[3.0, 3.2, 1.0, 1.1]]),
+            ...     np.zeros((1, 4)), {"layers": np.zeros((1, 5, 4))}, {"n_bootstrap": 99, "random_state": 0})
+            >>> kept.judged_again().modules[["topic", "excess", "p_rank"]].round(2)
+              topic  excess  p_rank
+            0  code     3.1    0.17
+        """
+        given = self.settings["n_bootstrap"] if n_bootstrap is None else n_bootstrap
+        settings = {**self.settings, "n_bootstrap": check_integer("n_bootstrap", given, least=2)}
+        codes, categories = pd.factorize(self.samples["category"], sort=True)
+        sizes = (settings["n_bootstrap"], settings["random_state"])
+        judge = Judge(list(categories), codes.astype(np.int64), *sizes)
+        topics = np.where(
+            self.modules["topic_from"] == "half", -1, pd.Index(categories).get_indexer(self.modules["topic"])
+        )
+        measured = self._measured()
+        verdicts = judge.verdicts(measured, topics, list(self.modules["topic_from"]))
+        return replace(
+            self,
+            table=judge.table(measured),
+            module_table=with_massive_columns(verdicts, self.with_massive),
+            settings=settings,
+        )
+
+    def _measured(self) -> Measured:
+        facts = {control: self.against(control)[_FACTS] for control in self.controls}
+        names = list(self.modules["module"])
+        return Measured(names, self.per_prompt, self.accuracy_change, self.control_effects, facts)
 
     def plot(self, control: str | None = None) -> plotly.graph_objects.Figure:
         """Heat map of the excess, module by category, with the selectivity index beside it."""

@@ -37,7 +37,7 @@ class TokenScores:
     loss: Float[np.ndarray, " target"]
     """Minus its log-probability, in nats."""
     rank: Int[np.ndarray, " target"]
-    """How many tokens had a higher logit."""
+    """How many tokens had a higher logit, or the same and a lower id; 0 for what argmax gives."""
     n_prompts: int
 
     def mean_loss(self) -> Float[np.ndarray, " prompt"]:
@@ -186,10 +186,14 @@ def _scored(
 ) -> tuple[Float[np.ndarray, " target"], Int[np.ndarray, " target"]]:
     where = targets.nonzero()[:, 0].to(logits.device)
     own = logits[where - 1].float()
-    chosen = own.gather(1, tokens.to(logits.device)[where, None])
+    targeted = tokens.to(logits.device)[where, None]
+    chosen = own.gather(1, targeted)
     loss = own.logsumexp(-1) - chosen[:, 0]
     # Not `own > chosen`: where logits are nan, nothing is foretold.
-    return loss.double().cpu().numpy(), (~(own <= chosen)).sum(-1).cpu().numpy()
+    ahead = ~(own <= chosen)
+    # Of equal logits, frequent in half precision, only one can be the first.
+    ahead |= (own == chosen) & (torch.arange(own.shape[1], device=own.device) < targeted)
+    return loss.double().cpu().numpy(), ahead.sum(-1).cpu().numpy()
 
 
 def _continued(model: Any, tokenized: TokenizedPrompts, continuations: list[str]) -> TokenizedPrompts:

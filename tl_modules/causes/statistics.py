@@ -3,7 +3,8 @@
 Pure functions of arrays. Effects are changes of the loss per token, [.. prompt]; categories are numbers.
 
 Sources: Benjamini and Hochberg 1995 (false discovery rate), Berger 1982 (intersection-union tests),
-Phipson and Smyth 2010 (permutation p-values are never zero).
+Hesterberg 2015 (the bootstrap of few samples is too narrow), Phipson and Smyth 2010 (permutation p-values are
+never zero).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Cellwise:
     """Effect minus the median of the controls."""
     low: Cells
     high: Cells
-    """With `low` the interval of the excess, by bootstrap over prompts and controls."""
+    """With `low` the interval of the excess, by bootstrap over prompts and controls; nan for one prompt."""
     z: Cells
     p_rank: Cells
     effects: Resampled
@@ -59,10 +60,17 @@ def cellwise(
 
     A bootstrap sample has the same prompts for module and controls, so what makes a prompt easy or hard for
     both cancels. It draws the controls with replacement as well, the same ones for all categories: other
-    random sets would have had another median, and `low` and `high` allow for that. `z` counts robust
-    deviations of the controls from their median (1.4826 times the median absolute deviation; nan where that
-    is 0). `p_rank` is (1 + controls with at least the effect) / (1 + controls): exact, and never below
-    1 / (1 + controls).
+    random sets would have had another median, and `low` and `high` allow for that.
+
+    `low` and `high` are the excess minus and plus t standard errors, t with n - 1 degrees of freedom for n
+    prompts. The standard error is the spread of the bootstrap samples times sqrt(n / (n - 1)), which a
+    bootstrap of n is too narrow by (Hesterberg 2015). Percentiles of the samples, the usual interval, hold
+    the truth 8 times in 10 for 5 prompts where they say 95 in 100. Where the controls are more uncertain
+    than the prompts, the interval is somewhat wide.
+
+    `z` counts robust deviations of the controls from their median (1.4826 times the median absolute
+    deviation; nan where that is 0). `p_rank` is (1 + controls with at least the effect) / (1 + controls):
+    exact, and never below 1 / (1 + controls).
 
     Args:
         effects: of the modules.
@@ -87,10 +95,30 @@ def cellwise(
     by_control = np.stack(control, axis=1)
     median = np.median(by_control, axis=-1)
     resampled, excesses = (np.stack(part, axis=-1) for part in zip(*boots, strict=True))
-    low, high = np.quantile(excesses, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    statistics = (robust_z(effect, by_control), rank_p(effect, by_control))
     sizes = np.bincount(categories, minlength=n_categories)
-    return Cellwise(effect, median, effect - median, low, high, *statistics, resampled, excesses, sizes)
+    excess, half = effect - median, _half_width(excesses, sizes)
+    statistics = (robust_z(effect, by_control), rank_p(effect, by_control))
+    ends = (excess - half, excess + half)
+    return Cellwise(effect, median, excess, *ends, *statistics, resampled, excesses, sizes)
+
+
+def _half_width(samples: Resampled, n_prompts: Int[np.ndarray, " category"]) -> Cells:
+    """Of the interval: t standard errors; nan for one prompt."""
+    from scipy.stats import t
+
+    return t.ppf((1 + LEVEL) / 2, _freedom(n_prompts)) * _standard_error(samples, n_prompts)
+
+
+def _standard_error(
+    samples: Float[np.ndarray, "sample module category"], n_prompts: Int[np.ndarray, "*sizes"]
+) -> Cells:
+    """Spread of the bootstrap samples, widened for the number of prompts; nan for one prompt."""
+    return samples.std(axis=0, ddof=1) * np.sqrt(1 + 1 / _freedom(n_prompts))
+
+
+def _freedom(n_prompts: Int[np.ndarray, "*sizes"]) -> Float[np.ndarray, "*sizes"]:
+    """Degrees of freedom; nan for one prompt, whose spread is unknown."""
+    return np.where(n_prompts > 1, n_prompts - 1.0, np.nan)
 
 
 def category_means(
@@ -161,47 +189,72 @@ def robust_z(
 
 
 def selectivity_index(values: Cells, own: Int[np.ndarray, " module"]) -> Float[np.ndarray, " module"]:
-    """(own topic - mean of the others) / (|own topic| + |mean of the others|), from -1 to 1.
+    """(own topic - mean size of the others) / (their sum), from -1 to 1; nan where the own is not above 0.
+
+    A module whose own topic does not suffer is selective for nothing. Of the others the size counts, not the
+    sign: a change elsewhere is one, whether the loss rises or falls, and a rise does not make up for a fall.
+    Chance changes have a size too, so few prompts make the index low.
 
     Example:
-        >>> selectivity_index(np.array([[3.0, 1.0, 1.0]]), np.array([0]))
-        array([0.5])
+        >>> values = np.array([[3.0, 1.0, -1.0], [0.1, -0.3, 0.3], [-1.0, -3.0, -3.0]])
+        >>> selectivity_index(values, np.array([0, 0, 0]))
+        array([ 0.5, -0.5,  nan])
     """
     mine = values[np.arange(len(own)), own]
-    others = (values.sum(1) - mine) / (values.shape[1] - 1)
-    size = np.abs(mine) + np.abs(others)
-    return np.divide(mine - others, size, out=np.zeros(len(own)), where=size > 0)
+    others = (np.abs(values).sum(1) - np.abs(mine)) / (values.shape[1] - 1)
+    return np.divide(mine - others, mine + others, out=np.full(len(own), np.nan), where=mine > 0)
 
 
 def own_most_p(
-    samples: Resampled, own: Int[np.ndarray, " module"], n_prompts: Int[np.ndarray, " category"]
+    values: Cells,
+    samples: Resampled,
+    own: Int[np.ndarray, " module"],
+    n_prompts: Int[np.ndarray, " category"],
 ) -> Float[np.ndarray, " module"]:
     """Evidence that the own topic's value exceeds every other's: an intersection-union test.
 
-    The largest of the p-values against each other topic, each (1 + bootstrap samples where the own topic has
-    no more) / (1 + samples). That is a valid test of "more than all" without further correction.
+    The largest of the one-sided p-values against each other topic. That is a valid test of "more than all"
+    without further correction. Each is a t-test: the difference in standard errors, which are the spread of
+    the difference over the bootstrap samples, widened as for `cellwise`. The degrees of freedom and the
+    widening are those of the topic with fewer prompts, which is safe for topics of unlike spread. (The share
+    of bootstrap samples on the wrong side would be below 0.05 for 1 in 10 modules without a difference, with
+    5 prompts a topic.)
 
-    A bootstrap of a few prompts knows too little of their spread, of a single one nothing. So no p-value is
-    below 1 / C(n + m, n), the smallest that a permutation test of n and m prompts can have.
+    No p-value is below 1 / C(n + m, n), the smallest that a permutation test of n and m prompts can have,
+    even where their effects are all the same. A topic of one prompt shows nothing: its p is 1.
 
     Args:
-        samples: a value for each module and category in each bootstrap sample.
+        values: for each module and category.
+        samples: the same in each bootstrap sample, two of them at least.
         own: each module's own category.
         n_prompts: how many prompts each category has.
 
     Example:
-        >>> samples = np.array([[[2.0, 1.0]], [[2.0, 1.5]], [[2.0, 3.0]]])
-        >>> own_most_p(samples, np.array([0]), np.array([9, 9]))
-        array([0.5])
-        >>> own_most_p(np.tile([[5.0, 1.0]], (999, 1, 1)), np.array([0]), np.array([2, 2])).round(3)
+        >>> values, n_prompts = np.array([[2.0, 1.0]]), np.array([5, 5])
+        >>> samples = values + np.array([[[-0.4, 0.0]], [[0.0, 0.0]], [[0.4, 0.0]]])
+        >>> own_most_p(values, samples, np.array([0]), n_prompts).round(4)
+        array([0.0445])
+        >>> own_most_p(values, np.tile(values, (3, 1, 1)), np.array([0]), np.array([2, 2])).round(3)
         array([0.167])
     """
     modules = np.arange(len(own))
-    mine = samples[:, modules, own]
-    p = (1 + (samples >= mine[..., None]).sum(0)) / (1 + len(samples))
-    p = np.maximum(p, _least_p(n_prompts)[own])
+    beyond = values[modules, own][:, None] - values
+    resampled = samples[:, modules, own][..., None] - samples
+    fewer = np.minimum(n_prompts[own][:, None], n_prompts)
+    p = np.maximum(_t_test(beyond, _standard_error(resampled, fewer), fewer), _least_p(n_prompts)[own])
     p[modules, own] = 0
     return p.max(axis=1)
+
+
+def _t_test(
+    values: Cells, errors: Cells, n_prompts: Int[np.ndarray, "module category"]
+) -> Float[np.ndarray, "module category"]:
+    """One-sided p-values of values above 0; 1 where nothing is known of their error."""
+    from scipy.stats import t
+
+    certain = np.where(values > 0, np.inf, -np.inf)
+    ratio = np.divide(values, errors, out=certain, where=errors != 0)
+    return np.nan_to_num(t.sf(ratio, _freedom(n_prompts)), nan=1.0)
 
 
 def _least_p(n_prompts: Int[np.ndarray, " category"]) -> Float[np.ndarray, "category category"]:

@@ -148,8 +148,20 @@ def _own_rows(
             "topic": own,
             "index": selectivity_index(cells.excess, own),
             **{name: array[modules, own] for name, array in values.items()},
-            "p_selective": own_most_p(cells.excesses, own, cells.n_prompts),
-            "p_raw": own_most_p(cells.effects, own, cells.n_prompts),
+            "p_selective": own_most_p(cells.excess, cells.excesses, own, cells.n_prompts),
+            "p_raw": own_most_p(cells.effect, cells.effects, own, cells.n_prompts),
         },
         index=index,
     )
+
+
+def with_massive_columns(verdicts: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
+    """The verdicts, with the own topic's effect and excess of the sets with their massive units.
+
+    Args:
+        verdicts: of `Judge.verdicts`.
+        again: `Judge.table` of the sets with their massive units.
+    """
+    keys = ["module", "topic", "control"]
+    columns = {"category": "topic", "effect": "effect_with_massive", "excess": "excess_with_massive"}
+    return verdicts.merge(again.rename(columns=columns)[[*keys, *list(columns.values())[1:]]], "left", keys)

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from tl_modules.causes.massive import activity_and_scores
 from tl_modules.causes.passages import Passages, TokenScores
 from tl_modules.separability.metrics import most_frequent
+from tl_modules.sites import Site
 
 SETS = ("retain", "forget")
 METRICS = ("loss", "mean_exp_loss", "top1", "top10", "top1_skip50", "top10_skip50")
@@ -64,6 +66,17 @@ class Exam:
     def sit(self, model: Any) -> dict[str, TokenScores]:
         """The scores of both sets on the model as it is now."""
         return {name: own.scores(model) for name, own in self.passages.items()}
+
+    def sit_and_weigh(
+        self, model: Any, sites: list[Site]
+    ) -> tuple[dict[str, TokenScores], Bool[np.ndarray, " unit"]]:
+        """The same scores, and in the same passes which of the sites' units are massive on either set."""
+        both = {
+            name: activity_and_scores(model, sites, own, progress=False)
+            for name, own in self.passages.items()
+        }
+        massive = np.any([activity.is_massive() for activity, _ in both.values()], axis=0)
+        return {name: scored for name, (_, scored) in both.items()}, massive
 
     def marks(self, sat: list[dict[str, TokenScores]], name: str) -> Marks:
         """The marks of one set from the scores of several steps."""

@@ -75,8 +75,8 @@ def separate(
         max_length: cut prompts to their first so many tokens.
         random_state: of random scores, random sets and "resample".
         progress: show a progress bar.
-        **settings: importance, fraction, n_steps, recalculate, eps, dimensions, first_tokens, n_random and
-            random; see `Pruning`.
+        **settings: importance, fraction, n_steps, recalculate, eps, dimensions, first_tokens, n_random,
+            random and spare_massive; see `Pruning`.
 
     Returns:
         A `Separability`.
@@ -98,28 +98,27 @@ def separate(
     retained, forgotten = (Passages(model, prompts, **reading) for prompts in both)
     exam = Exam(retained, forgotten, getattr(model, "tokenizer", None))
     tokenized = [tokenize(model, read_prompts(p), TokenSettings(**reading)) for p in (retain, forget)]
-    ready: dict[str, Any] = {"random_state": random_state, "chat": chat, "progress": progress}
+    ready: dict[str, Any] = {"random_state": random_state, "progress": progress, "chat": chat}
     reference = None if method == "zero" else retain
-    ablator = Ablator(model, basis, method=method, reference=reference, **ready)
-    if isinstance(pruning.fraction, Mapping):
-        kinds = sorted(ablator.units["kind"].unique())
-        if not set(kinds) & set(pruning.fraction):
-            refuse("fraction", got=f"shares of {sorted(pruning.fraction)}", want=f"of some of {kinds}")
+    ablator = Ablator(model, basis, method=method, reference=reference, max_length=max_length, **ready)
+    _check_kinds(pruning, ablator.units["kind"])
     sets = None if candidates is None else _candidates(candidates, ablator)
     n_scored = len(ablator.units) if sets is None else len(sets.names)
     n_steps = min(pruning.n_steps, n_scored)
     with tqdm(total=n_steps * (2 + pruning.n_random) + 1, desc="separate", disable=not progress) as bar:
-        clean = exam.sit(model)
+        clean, massive = exam.sit_and_weigh(model, ablator.sites)
+        spared = massive & pruning.spare_massive
+        sets = None if sets is None else sets.without(spared)
         _check_abilities(clean, whole=evaluate_on is None)
         bar.update()
-        run = _Run(ablator, exam, clean, bar.update)
+        run = _Run(ablator, exam, clean, spared, bar.update)
         if given is None:
             score = _Scorer(ablator, tokenized, pruning, random_state)
             ranked: Score = score if sets is None else lambda gone: mean_of_sets(score(gone), sets.masks)
         else:
             fixed = checked_scores(given, n_scored, "unit" if sets is None else "candidate")
             ranked = lambda _gone: fixed  # noqa: E731 - a constant score
-        masks, names = _chosen(run.told(ranked), ablator.units["kind"], sets, pruning)
+        masks, names = _chosen(run.told(ranked), ablator.units["kind"], sets, pruning, spared)
         facts = {
             **pruning.facts(),
             "importance": pruning.importance if given is None else "given scores",
@@ -127,6 +126,7 @@ def separate(
             "method": method,
             "random_state": random_state,
             "model": describe(model).name,
+            "massive": ablator.units.loc[massive, "label"].tolist(),
         }
         return run.result(masks, names, pruning, facts)
 
@@ -168,6 +168,8 @@ class _Run:
     exam: Exam
     clean: dict[str, TokenScores]
     """What the model as it is scored."""
+    spared: Mask
+    """Units that stay."""
     tick: Callable[[], object]
 
     def told(self, score: Score) -> Score:
@@ -196,7 +198,7 @@ class _Run:
         runs = []
         for number in range(pruning.n_random):
             rng = np.random.default_rng([facts["random_state"], number])
-            drawn = random_masks(masks, units, pruning.random, rng)
+            drawn = random_masks(masks, units, pruning.random, rng, self.spared)
             runs.append(self._table(drawn, [sat[0], *self.sat(drawn[1:])]).assign(run=number))
         steps = self._table(masks, sat).assign(pruned=names)
         return Separability(
@@ -248,6 +250,12 @@ def _pruning(settings: Mapping[str, Any]) -> Pruning:
     return Pruning(**settings)
 
 
+def _check_kinds(pruning: Pruning, kinds: pd.Series) -> None:
+    own = sorted(kinds.unique())
+    if isinstance(pruning.fraction, Mapping) and not set(own) & set(pruning.fraction):
+        refuse("fraction", got=f"shares of {sorted(pruning.fraction)}", want=f"of some of {own}")
+
+
 def _checked_sets(both: Any) -> tuple[Any, Any]:
     if not isinstance(both, tuple | list) or len(both) != len(SETS):
         refuse("evaluate_on", got=f"a {type(both).__name__}", want="a pair of prompts, (retain, forget)")
@@ -274,9 +282,9 @@ def _candidates(given: Mapping[str, Any] | Modules, ablator: Ablator) -> Candida
 
 
 def _chosen(
-    score: Score, kinds: pd.Series, sets: Candidates | None, pruning: Pruning
+    score: Score, kinds: pd.Series, sets: Candidates | None, pruning: Pruning, spared: Mask
 ) -> tuple[Masks, list[str]]:
     if sets is not None:
         return candidates_by_score(score, sets, pruning)
-    masks = units_by_score(score, kinds, pruning)
+    masks = units_by_score(score, kinds, pruning, spared)
     return masks, [""] * len(masks)

@@ -51,6 +51,11 @@ class Pruning:
     """Whether these have the same number of units in each layer ("matched"), or the same share ("uniform").
     """
 
+    spare_massive: bool = True
+    """Leave massive units (see `causes.unit_activity`), a handful that all abilities need, out of what is
+    pruned, random sets included. They are active on first tokens, where importances by default are not
+    collected: their score says nothing. False prunes them like any unit, as the paper does."""
+
     def __post_init__(self) -> None:
         check_choice("importance", self.importance, SCORES)
         check_choice("dimensions", self.dimensions, ("mean", "median"))
@@ -74,29 +79,45 @@ class Candidates:
     names: list[str]
     masks: Bool[np.ndarray, "candidate unit"]
 
+    def without(self, spared: Mask) -> Candidates:
+        """The same sets without some units.
+
+        Raises:
+            InputError: nothing is left of a set.
+        """
+        left = self.masks & ~spared
+        if not left.any(axis=1).all():
+            name = self.names[int(left.any(axis=1).argmin())]
+            cure = "Use spare_massive=False."
+            refuse("candidates", got=f"massive units only in {name!r}", want="others in each set", cure=cure)
+        return Candidates(self.names, left)
+
 
 Score = Callable[[Mask], Float[np.ndarray, " any"]]
 """Scores of all units, or of all candidates, in the model without some units."""
 
 
-def units_by_score(score: Score, kinds: pd.Series, pruning: Pruning) -> Masks:
+def units_by_score(score: Score, kinds: pd.Series, pruning: Pruning, spared: Mask | None = None) -> Masks:
     """Masks of each step: the units with the highest scores go, the same share at every step.
 
     Args:
         score: called at every step if scores are recalculated, else once.
         kinds: the kind of each unit.
         pruning: share and number of steps.
+        spared: units that stay.
 
     Returns:
         Nested masks, the first one empty; fewer than asked for where no unit is left.
     """
     masks = [np.zeros(len(kinds), dtype=bool)]
+    stay = masks[0] if spared is None else spared
     values = score(masks[0])
     for step in range(1, pruning.n_steps + 1):
         if step > 1 and pruning.recalculate:
             values = score(masks[-1])
-        masks.append(top_fraction(values, _times(pruning.fraction, step), kinds, gone=masks[-1]))
-        if masks[-1].all():
+        ranked = np.where(stay, -np.inf, values)
+        masks.append(top_fraction(ranked, _times(pruning.fraction, step), kinds, gone=masks[-1]) & ~stay)
+        if (masks[-1] | stay).all():
             break
     return np.stack(masks)
 
@@ -130,7 +151,9 @@ def candidates_by_score(score: Score, candidates: Candidates, pruning: Pruning) 
     return np.stack(masks), names
 
 
-def random_masks(masks: Masks, units: pd.DataFrame, kind: str, rng: np.random.Generator) -> Masks:
+def random_masks(
+    masks: Masks, units: pd.DataFrame, kind: str, rng: np.random.Generator, spared: Mask | None = None
+) -> Masks:
     """Random masks with as many units as `masks` have at each step.
 
     Args:
@@ -139,6 +162,7 @@ def random_masks(masks: Masks, units: pd.DataFrame, kind: str, rng: np.random.Ge
         kind: "matched": as many in each layer, and of each kind; "uniform": the same share of each layer,
             for each kind of unit, rounded down.
         rng: draws them.
+        spared: units that stay.
 
     Returns:
         Nested masks.
@@ -148,7 +172,8 @@ def random_masks(masks: Masks, units: pd.DataFrame, kind: str, rng: np.random.Ge
         >>> random_masks(masks, modules.units, "matched", np.random.default_rng(0)).sum(axis=1)
         array([0, 3])
     """
-    orders = rng.random(len(units))
+    stay = np.zeros(len(units), dtype=bool) if spared is None else spared
+    orders = rng.random(len(units)) + stay
     found = np.zeros_like(masks)
     site_of = units.groupby(["layer", "kind", "hook_name"], sort=False).ngroup().to_numpy()
     kinds = units["kind"].to_numpy()
@@ -158,7 +183,7 @@ def random_masks(masks: Masks, units: pd.DataFrame, kind: str, rng: np.random.Ge
         pool = np.flatnonzero(kinds == kinds[own[0]])
         for step, mask in enumerate(masks):
             found[step, order[: _count(mask, own, pool, kind)]] = True
-    return found
+    return found & ~stay
 
 
 def _count(mask: Mask, own: Int[np.ndarray, " site"], pool: Int[np.ndarray, " pool"], kind: str) -> int:

@@ -42,7 +42,7 @@ class Separability:
     random: pd.DataFrame
     """The same columns as `steps` for random sets of units, one `run` after the other; empty if none ran."""
     settings: Mapping[str, Any]
-    """How it was made; JSON-able."""
+    """How it was made; JSON-able. massive lists the massive units, which were spared if spare_massive."""
 
     def __len__(self) -> int:
         return len(self.steps)
