@@ -177,8 +177,10 @@ def _kept(folder: Path | None, name: str, make: Callable[[], Separability]) -> S
 def row(forget: str, runs: dict[str, Separability]) -> dict[str, str]:
     cells = {"forget": forget}
     for way, run in runs.items():
-        cells["first step"] = cells.get("first step") or _first_step(run)
-        cells["massive"] = str(len(run.settings.get("massive", ())))
+        if way == WAYS[0]:
+            cells["first step"] = _first_step(run)
+            if run.settings.get("spare_massive"):
+                cells["massive"] = str(len(run.settings["massive"]))
         numbers = run.numbers(n_bootstraps=300)
         cells[way] = _cell(*numbers.loc["auc_score"])
         cells[f"{way}, drop"] = _percent(numbers.loc["forget_drop_at_20", "value"])
