@@ -176,7 +176,7 @@ def main() -> None:
         name, methods = " ".join(options.bases), " ".join(options.methods)
         command = f"python benchmarks/selectivity.py --bases {name} --methods {methods} {given}"
         made = f"Made by `{command}`."
-        block = f"selectivity of {name}" + ("" if options.controls == "layers" else f", {options.controls}")
+        block = f"selectivity of {name}" + (f", {options.named}" if options.named else "")
         replace_between(options.write, block, f"{made}\n\n{text}", title="What modules cause")
 
 
@@ -192,6 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--controls-of-others", type=int, help="controls of the methods after the first")
     parser.add_argument("--controls", default="layers", choices=["layers", "strength", "both"])
     parser.add_argument("--write", type=Path, help="Markdown file with or without markers to write to")
+    parser.add_argument("--named", help="what tells this run from others of the same units in that file")
     return parser.parse_args()
 
 
