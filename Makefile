@@ -44,7 +44,8 @@ TL4_TESTS := tests/test_host.py tests/test_bases.py tests/test_heads.py tests/te
 	tests/test_gradient.py tests/test_logit.py tests/test_logprob.py tests/test_queries.py tests/test_interventions.py \
 	tests/test_paths.py tests/test_circuits.py tests/test_circuit_view.py tests/test_verify.py tests/test_ablator.py \
 	tests/test_passages.py tests/test_selectivity.py tests/test_controls.py tests/test_dose.py tests/test_entropy.py \
-	tests/test_steering_effect.py tests/test_separability.py tests/test_importance.py tests/test_head_dimensions.py
+	tests/test_steering_effect.py tests/test_positions.py tests/test_reference_length.py \
+	tests/test_separability.py tests/test_importance.py tests/test_head_dimensions.py
 TL4_PACKAGES := 'transformer-lens>=4.3,<5' numpy scipy scikit-learn numba pandas pyarrow safetensors plotly \
 	jinja2 networkx tqdm typer jaxtyping einops gguf datasets pytest pytest-xdist hypothesis beartype
 

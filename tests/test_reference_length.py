@@ -23,9 +23,7 @@ def model(request):
 
 @pytest.mark.parametrize("read", [reference_means, reference_samples])
 def test_means_and_samples_are_of_what_is_left(model, read):
-    ids = [tokens[:CUT] for tokens in model.tokenizer(LONG)["input_ids"]]
-    if model.cfg.default_prepend_bos and ids[0][0] != model.tokenizer.bos_token_id:
-        ids = [[model.tokenizer.bos_token_id, *tokens[: CUT - 1]] for tokens in ids]
+    ids = [model.to_tokens(text)[0, :CUT].tolist() for text in LONG]
     cut, whole = (
         read(model, prompts, basis="neurons", **how, **QUIET)
         for prompts, how in ((LONG, {"max_length": CUT}), (ids, {}))
