@@ -190,10 +190,13 @@ def _scored(
     chosen = own.gather(1, targeted)
     loss = own.logsumexp(-1) - chosen[:, 0]
     # Not `own > chosen`: where logits are nan, nothing is foretold.
-    ahead = ~(own <= chosen)
-    # Of equal logits, frequent in half precision, only one can be the first.
-    ahead |= (own == chosen) & (torch.arange(own.shape[1], device=own.device) < targeted)
-    return loss.double().cpu().numpy(), ahead.sum(-1).cpu().numpy()
+    ahead = (~(own <= chosen)).sum(-1)
+    # Of equal logits, frequent in half precision alone, only one can be the first.
+    equal = own == chosen
+    tied = (equal.sum(-1) > 1).nonzero()[:, 0]
+    lower = torch.arange(own.shape[1], device=own.device) < targeted[tied]
+    ahead[tied] += (equal[tied] & lower).sum(-1)
+    return loss.double().cpu().numpy(), ahead.cpu().numpy()
 
 
 def _continued(model: Any, tokenized: TokenizedPrompts, continuations: list[str]) -> TokenizedPrompts:
