@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import ALL_MODELS
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -25,6 +26,18 @@ def _seeded() -> None:
 
     np.random.seed(0)  # noqa: NPY002 - guards code that might draw from the global generator
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", params=ALL_MODELS)
+def model(request):
+    """A tiny random model of each kind."""
+    return ALL_MODELS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def one_model():
+    """One of them, where the kind does not matter."""
+    return ALL_MODELS["bridge_llama"]()
 
 
 @pytest.fixture(scope="session")

@@ -21,11 +21,6 @@ OTHERS = ["abd fe", "y xz", "hullo me!"]
 HOOKS = ["blocks.0.attn.hook_z", "blocks.1.mlp.hook_post", "blocks.2.hook_mlp_out"]
 
 
-@pytest.fixture(scope="module", params=ALL_MODELS)
-def model(request):
-    return ALL_MODELS[request.param]()
-
-
 @pytest.fixture(scope="module")
 def any_model():
     return next(iter(ALL_MODELS.values()))()

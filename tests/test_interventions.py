@@ -29,16 +29,6 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 MEAN_HOOKS = [f"blocks.{layer}.{point}" for layer in range(3) for point in ("mlp.hook_post", "attn.hook_z")]
 
 
-@pytest.fixture(scope="module", params=ALL_MODELS)
-def model(request):
-    return ALL_MODELS[request.param]()
-
-
-@pytest.fixture(scope="module")
-def one_model():
-    return ALL_MODELS["bridge_llama"]()
-
-
 def some_tokens(n_rows=3, n_pos=9):
     return torch.randint(4, 260, (n_rows, n_pos), generator=torch.Generator().manual_seed(1))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import ALL_MODELS, D_HEAD, N_HEADS
+from tiny_models import D_HEAD, N_HEADS
 
 from tl_modules._checks import InputError
 from tl_modules.host import describe
@@ -11,16 +11,6 @@ from tl_modules.knockout import AttentionEdges, knock_out_attention
 from tl_modules.paths import path_effect
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-3}
-
-
-@pytest.fixture(scope="module", params=ALL_MODELS)
-def model(request):
-    return ALL_MODELS[request.param]()
-
-
-@pytest.fixture(scope="module")
-def one_model():
-    return ALL_MODELS["bridge_llama"]()
 
 
 def some_tokens(n_rows=1, n_pos=9):

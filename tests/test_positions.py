@@ -5,7 +5,6 @@ import gc
 import numpy as np
 import pytest
 import torch
-from tiny_models import ALL_MODELS
 
 from tl_modules._checks import InputError
 from tl_modules.ablator import Ablator
@@ -23,16 +22,6 @@ PROMPTS = ["abcdef", "xy z and then more", "hello there world, long one", "nonon
 RAGGED = ["ab", "abcdefgh", "abcde"]
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 HOW = {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False, "verbose": False}
-
-
-@pytest.fixture(scope="module", params=ALL_MODELS)
-def model(request):
-    return ALL_MODELS[request.param]()
-
-
-@pytest.fixture(scope="module")
-def one_model():
-    return ALL_MODELS["bridge_llama"]()
 
 
 def many_units(model):
